@@ -1,0 +1,52 @@
+"""vistok: make, generate, steer and drop visual tokens.
+
+Importing this package costs milliseconds and loads no torch; everything below is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "VisualTokens": "vistok.tokens",
+    "load": "vistok.hub",
+    "load_pipeline": "vistok.hub",
+    "list_models": "vistok.hub",
+    "model_info": "vistok.hub",
+    "GenerationPipeline": "vistok.generators.pipeline",
+    "TextEncoder": "vistok.generators.text",
+    "VQModel": "vistok.tokenizers.vq",
+    "LlamaGen": "vistok.generators.llamagen",
+    "NAR": "vistok.generators.nar",
+}
+_ROOMS = (
+    "controllers",
+    "data",
+    "errors",
+    "generators",
+    "hub",
+    "kernels",
+    "metrics",
+    "nn",
+    "pruners",
+    "tokenizers",
+    "tokens",
+    "training",
+)
+
+__all__ = ["__version__", *_EXPORTS, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"vistok.{name}")
+    raise AttributeError(f"module 'vistok' has no attribute {name!r}; it has: {', '.join(sorted(__all__))}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
