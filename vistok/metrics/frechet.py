@@ -92,6 +92,7 @@ class _Inception(nn.Module):
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+        self.network.use_antialias = False  # newer torchmetrics resizes as nobody else does unless told so
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(((images + 1) * 127.5).round().byte())

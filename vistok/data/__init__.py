@@ -1,0 +1,3 @@
+"""Data: folders of images, webdataset shards, and the lab world `vistok.data.shapes`."""
+
+from __future__ import annotations

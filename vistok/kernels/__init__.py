@@ -1,0 +1,20 @@
+"""Fused ops, one file each: reference, plain PyTorch path, Triton kernel, and one function that picks among them."""
+
+from __future__ import annotations
+
+from vistok.kernels.dispatch import BACKENDS, Choice, Declined, current, explain, operations, use
+from vistok.kernels.guided_sampling import filter_logits, guided_sampling
+from vistok.kernels.nearest_code import nearest_code
+
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Declined",
+    "current",
+    "explain",
+    "filter_logits",
+    "guided_sampling",
+    "nearest_code",
+    "operations",
+    "use",
+]

@@ -1,0 +1,240 @@
+"""Guided sampling: from the logits of one step to one token a row, in one go.
+
+Shape letters: R rows (images, or images x positions), V vocabulary.
+
+Order: guidance, temperature, top-k, top-p, softmax, choice. A token is drawn as `argmax(probs / noise)` with `noise` from
+the exponential distribution: the race that `torch.multinomial` runs inside, with the draws handed in by the caller. So
+the result depends on nothing but its own row, and no backend needs a random generator.
+
+The fast paths never sort. The race needs no normalised probabilities, and a token's place in the nucleus is one masked
+sum: draw first, and if the winner lies outside, let only the tokens ranked above it race again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vistok.errors import InvalidInputError
+from vistok.kernels.dispatch import Op, check_triton, device_of, triton
+
+if triton is not None:
+    from triton import language as tl
+
+__all__ = ["filter_logits", "guided_sampling", "reference"]
+
+_COLDEST = 1e-5
+_TINY = torch.finfo(torch.float32).tiny  # a draw of exactly 0 would turn a removed token into 0 / 0
+
+
+def guided_sampling(
+    logits: Tensor,
+    noise: Tensor | None,
+    *,
+    uncond_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Choose one token a row from (guided, tempered, filtered) logits.
+
+    Args:
+        logits: conditional logits `[R, V]`, floating point; float16 and bfloat16 are computed in float32.
+        noise: draws from the exponential distribution of rate 1, `[R, V]`, positive; None chooses the best token.
+        uncond_logits: unconditional logits `[R, V]`. Guided logits are `uncond + guidance_scale * (cond - uncond)`.
+        guidance_scale: classifier-free guidance; at exactly 1 `uncond_logits` is not read.
+        temperature: logits are divided by `max(temperature, 1e-5)`; 0 chooses the best token.
+        top_k: keep the k largest logits, and those equal to the k-th; 0 switches it off.
+        top_p: keep the smallest set of best tokens whose probability exceeds this, in [0, 1]; 1 switches it off.
+
+    Returns:
+        int64 `[R]` in 0..V-1, the lowest index on ties; **-1 for a row whose guided logits hold NaN or +infinity, or
+        nothing but -infinity**. The caller raises: a check here would make every step wait for the GPU.
+
+    Raises:
+        InvalidInputError: for other shapes, dtypes or devices, or a setting outside its range.
+        Declined: if a backend was asked for with `vistok.kernels.use` and cannot run this.
+
+    Source: LlamaGen (arXiv 2406.06525), its sampler; the race: Gumbel-max with `-log(noise)` as the Gumbel draw.
+    """
+    return _OP(
+        logits,
+        noise,
+        uncond_logits=uncond_logits,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Set logits outside top-k, then outside the nucleus (top-p) of what is left, to -infinity.
+
+    Args:
+        logits: `[..., V]`; not changed.
+        top_k: keep the k largest, and those equal to the k-th; 0 or >= V keeps all.
+        top_p: keep the best tokens until their cumulative probability exceeds this, that token included, hence always
+            the best one; of equal logits the lower index comes first; 1 keeps all.
+
+    Raises:
+        InvalidInputError: if `top_k` is negative or `top_p` outside [0, 1].
+    """
+    _check_filters(top_k, top_p)
+    vocabulary = logits.shape[-1]
+    if 0 < top_k < vocabulary:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+        cumulative = values.softmax(dim=-1).cumsum(dim=-1)
+        beyond = torch.zeros_like(cumulative, dtype=torch.bool)
+        beyond[..., 1:] = cumulative[..., :-1] > top_p  # shifted by one: the token that crosses the line stays
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -math.inf)
+    return logits
+
+
+def _check_filters(top_k: int, top_p: float) -> None:
+    if top_k < 0:
+        raise InvalidInputError(f"top_k is {top_k}; it must be 0 (off) or a positive number of tokens")
+    if not 0 <= top_p <= 1:
+        raise InvalidInputError(f"top_p is {top_p}; it must lie between 0 and 1 (off)")
+
+
+def _prepare(
+    logits: Tensor,
+    noise: Tensor | None,
+    *,
+    uncond_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor | None, Tensor | None, float, float, int, float]:
+    if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
+        raise InvalidInputError(
+            f"logits must be floating point [R, V] with V >= 1, got {logits.dtype} {tuple(logits.shape)}; "
+            "take the last position and flatten other leading dimensions first"
+        )
+    for name, other in (("noise", noise), ("uncond_logits", uncond_logits)):
+        if other is not None and (other.shape != logits.shape or other.device != logits.device):
+            raise InvalidInputError(
+                f"{name} is {tuple(other.shape)} on {other.device}; it must match logits, "
+                f"{tuple(logits.shape)} on {logits.device}"
+            )
+    _check_filters(top_k, top_p)
+    if not temperature >= 0:
+        raise InvalidInputError(f"temperature is {temperature}; it must be 0 (best token) or positive")
+    if not math.isfinite(guidance_scale):
+        raise InvalidInputError(f"guidance_scale is {guidance_scale}; it must be a finite number")
+    if guidance_scale != 1 and uncond_logits is None:
+        raise InvalidInputError(
+            f"guidance_scale is {guidance_scale}, which needs uncond_logits; pass them, or guidance_scale=1.0"
+        )
+    return (
+        logits.detach(),
+        None if noise is None or temperature == 0 else noise.detach(),
+        None if uncond_logits is None or guidance_scale == 1 else uncond_logits.detach(),
+        float(guidance_scale),
+        max(float(temperature), _COLDEST),
+        0 if top_k >= logits.shape[1] else int(top_k),
+        float(top_p),
+    )
+
+
+_OP = Op(
+    "guided_sampling",
+    "(Tensor logits, Tensor? noise, Tensor? uncond_logits, float guidance_scale, float temperature, int top_k, "
+    "float top_p) -> Tensor",
+    prepare=_prepare,
+    fake=lambda logits, *settings: logits.new_empty(logits.shape[0], dtype=torch.int64),
+)
+
+
+def _guide(logits: Tensor, uncond_logits: Tensor | None, guidance_scale: float) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits.to(dtype)
+    if uncond_logits is None:
+        return logits
+    uncond = uncond_logits.to(dtype)
+    return uncond + guidance_scale * (logits - uncond)
+
+
+@_OP.backend("reference")
+def reference(
+    logits: Tensor,
+    noise: Tensor | None,
+    uncond_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """The specification: every step in full, the nucleus by sorting."""
+    logits = _guide(logits, uncond_logits, guidance_scale)
+    valid = logits.amax(dim=1).isfinite()
+    if noise is None:
+        return torch.where(valid, logits.argmax(dim=1), -1)
+    probs = filter_logits(logits / temperature, top_k, top_p).softmax(dim=1)
+    race = probs / noise.clamp_min(_TINY)
+    valid &= ~race.amax(dim=1).isnan()
+    return torch.where(valid, race.argmax(dim=1), -1)
+
+
+_OP.backend("compile")(reference)
+
+
+@_OP.backend("eager")
+def _eager(
+    logits: Tensor,
+    noise: Tensor | None,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Tensor:
+    logits = _guide(logits, uncond_logits, guidance_scale)
+    if noise is None:
+        best, ids = logits.max(dim=1)
+        return ids.masked_fill_(~best.isfinite(), -1)
+    logits = logits / temperature
+    best = logits.amax(dim=1, keepdim=True)
+    if top_k > 0:
+        kth = logits.topk(top_k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        logits.masked_fill_(logits < kth, -math.inf)
+    weights = (logits - best).exp_()
+    race = weights / noise.clamp_min(_TINY)
+    winner, ids = race.max(dim=1)
+    valid = best[:, 0].isfinite() & ~winner.isnan()
+    if top_p < 1:
+        _race_again_outside_nucleus(ids, logits, weights, race, top_p)
+    return ids.masked_fill_(~valid, -1)
+
+
+def _race_again_outside_nucleus(ids: Tensor, logits: Tensor, weights: Tensor, race: Tensor, top_p: float) -> None:
+    """Replace, in place, winners `ids` `[R]` outside the nucleus. `weights` `[R, V]` are unnormalised probabilities.
+
+    A token is inside if those ranked above it (larger logit, or equal and lower index) weigh no more than `top_p` of all.
+    If it is not, nothing ranked below it is either: the next winner is sought above. The best token ends every race.
+    """
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    limit = top_p * weights.sum(dim=1)
+    while True:
+        chosen = ids[rows, None]
+        own = logits.gather(1, chosen)
+        above = logits > own
+        equal = logits == own
+        if int(equal.sum()) > len(rows):
+            above |= equal & (columns < chosen)
+        outside = ((weights * above).sum(dim=1) > limit).nonzero()[:, 0]
+        if len(outside) == 0:
+            return
+        rows, limit = rows[outside], limit[outside]
+        logits, weights, race, above = logits[outside], weights[outside], race[outside], above[outside]
+        race.masked_fill_(~above, -1)
+        ids[rows] = race.argmax(dim=1)

@@ -1,0 +1,874 @@
+"""VQ tokenizer: an image becomes a grid of integers and back (LlamaGen's VQ-16 and VQ-8).
+
+Paper: "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation", arXiv 2406.06525, section 3.1, after
+VQGAN (arXiv 2012.09841) and ViT-VQGAN's normalised, low-dimensional codes (arXiv 2110.04627).
+Origin of the weights: FoundationVision/LlamaGen (MIT). PAR, NAR, RandAR and others generate for the same tokenizer.
+
+Top to bottom: the quantiser; the model with its objective, inference and report; the table of official names; the loss
+of adversarial training.
+
+Shape letters: B images, H, W pixels, f downsampling factor, h = H / f, w = W / f, N = h * w tokens an image,
+C code dimension, K codes, Z channels of the auto-encoder's bottleneck.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import Tensor, nn
+
+from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
+from vistok.files import open_image, read_state_dict
+from vistok.nn.conv import ConvDecoder, ConvEncoder, merge_attention_keys, split_attention_keys
+from vistok.nn.model import VistokModel
+from vistok.registry import Published
+from vistok.tokens import VisualTokens
+
+from .transforms import center_crop, to_tensor, to_uint8
+
+__all__ = ["CodebookReport", "QuantizerOutput", "VQLoss", "VQModel", "VQModelOutput", "VectorQuantizer"]
+
+EMPTY = -1  # a slot of the usage queue that no token has reached yet
+ENTROPY_TEMPERATURE = 0.01
+ENTROPY_EPS = 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------- quantiser
+
+
+@dataclass
+class QuantizerOutput:
+    """What the quantiser returns. The losses and the usage are None outside training.
+
+    Attributes:
+        quantized: [B, C, h, w] chosen codes; gradients pass straight through to the input.
+        ids: int64 [B, N] in raster order.
+        codebook_loss: mean squared distance that pulls the codes towards the encoder.
+        commitment_loss: the same pulling the encoder towards the codes, times `commitment_weight`.
+        entropy_loss: sample entropy minus entropy of the average assignment, times `entropy_weight`.
+        usage: part of the codebook among the most recent `usage_window` tokens, in [0, 1].
+    """
+
+    quantized: Tensor
+    ids: Tensor
+    codebook_loss: Tensor | None = None
+    commitment_loss: Tensor | None = None
+    entropy_loss: Tensor | None = None
+    usage: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the three losses."""
+        if self.codebook_loss is None or self.commitment_loss is None or self.entropy_loss is None:
+            raise InvalidInputError("the quantiser computes losses in training mode only; call model.train() first")
+        return self.codebook_loss + self.commitment_loss + self.entropy_loss
+
+
+def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    scores = torch.addmm(codebook.square().sum(1).mul_(-0.5), x, codebook.t())
+    return scores.argmax(1)
+
+
+class VectorQuantizer(nn.Module):
+    """Replace every vector by the nearest of K codes. Always in float32: half precision flips indices.
+
+    Args:
+        codebook_size: K.
+        codebook_dim: C.
+        commitment_weight: weight of the commitment loss.
+        entropy_weight: weight of the entropy loss; 0 leaves it out.
+        l2_normalize: compare unit vectors, and return unit vectors.
+        usage_window: length of the queue of recent ids that usage is computed from; 0 for none.
+        revive_dead_codes: in training, replace the codes that are absent from the queue each time that the queue has
+            been renewed. A revived code becomes one of the current batch's encoder outputs, drawn with a probability
+            in proportion to its squared quantisation error. Keeps small codebooks in use.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        *,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.0,
+        l2_normalize: bool = True,
+        usage_window: int = 65536,
+        revive_dead_codes: bool = False,
+    ) -> None:
+        super().__init__()
+        if revive_dead_codes and not usage_window:
+            raise InvalidInputError("revive_dead_codes needs a usage_window > 0 to know which codes are dead")
+        self.commitment_weight = commitment_weight
+        self.entropy_weight = entropy_weight
+        self.l2_normalize = l2_normalize
+        self.revive_dead_codes = revive_dead_codes
+        codebook = torch.empty(codebook_size, codebook_dim).uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
+        self.codebook = nn.Parameter(F.normalize(codebook, dim=-1) if l2_normalize else codebook)
+        self.usage_queue: Tensor | None
+        # Integers, so that casting the model to bf16 leaves them exact.
+        self.register_buffer("usage_queue", torch.full((usage_window,), EMPTY, dtype=torch.int32) if usage_window else None)
+        if revive_dead_codes:
+            self.register_buffer("tokens_since_revival", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes, K."""
+        return self.codebook.shape[0]
+
+    def codes(self) -> Tensor:
+        """The table that is compared with and decoded from: float32 [K, C], unit rows if `l2_normalize`."""
+        table = self.codebook.float()
+        return F.normalize(table, dim=-1) if self.l2_normalize else table
+
+    def forward(self, z: Tensor, *, generator: torch.Generator | None = None) -> QuantizerOutput:
+        """Quantise a feature map.
+
+        Args:
+            z: [B, C, h, w].
+            generator: source of the draws of `revive_dead_codes`.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            return self._quantize(z.float(), generator)
+
+    def _quantize(self, z: Tensor, generator: torch.Generator | None) -> QuantizerOutput:
+        batch, dim, rows, cols = z.shape
+        vectors = z.permute(0, 2, 3, 1).reshape(-1, dim)
+        if self.l2_normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        if self.training and self.revive_dead_codes:
+            self._revive(vectors.detach(), generator)
+        with torch.no_grad():
+            ids = _nearest(vectors, self.codes())
+        chosen = F.embedding(ids, self.codebook.float())
+        if self.l2_normalize:  # normalising the chosen rows alone has the same value and gradient as the whole table
+            chosen = F.normalize(chosen, dim=-1)
+        quantized = vectors + (chosen - vectors).detach()
+        output = QuantizerOutput(
+            quantized.unflatten(0, (batch, rows, cols)).permute(0, 3, 1, 2), ids.view(batch, rows * cols)
+        )
+        if self.training:
+            output.codebook_loss = F.mse_loss(chosen, vectors.detach())
+            output.commitment_loss = self.commitment_weight * F.mse_loss(vectors, chosen.detach())
+            output.entropy_loss = self._entropy_loss(vectors) if self.entropy_weight else vectors.new_zeros(())
+            output.usage = self._record(ids)
+        return output
+
+    def _entropy_loss(self, vectors: Tensor) -> Tensor:
+        """Sample entropy minus entropy of the average, of softmax(-distance / 0.01) over the codes."""
+        codes = self.codes()
+        distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2.0 * vectors @ codes.t()
+        logits = distance / -ENTROPY_TEMPERATURE
+        probabilities = logits.softmax(-1)
+        sample = -(probabilities * (logits + ENTROPY_EPS).log_softmax(-1)).sum(-1).mean()
+        average = probabilities.mean(0)
+        return self.entropy_weight * (sample + (average * (average + ENTROPY_EPS).log()).sum())
+
+    @torch.no_grad()
+    def _record(self, ids: Tensor) -> Tensor | None:
+        """Append ids to the queue, dropping the oldest, and return the usage."""
+        queue = self.usage_queue
+        if queue is None:
+            return None
+        new = ids[-queue.numel() :].to(queue.dtype)
+        kept = queue[new.numel() :].clone()
+        queue[: kept.numel()] = kept
+        queue[kept.numel() :] = new
+        if self.revive_dead_codes:
+            self.tokens_since_revival += ids.numel()
+        return self._used().float().mean()
+
+    def _used(self) -> Tensor:
+        """bool [K]: the codes in the queue."""
+        assert self.usage_queue is not None
+        seen = torch.zeros(self.codebook_size + 1, dtype=torch.bool, device=self.usage_queue.device)
+        seen[self.usage_queue.long() - EMPTY] = True  # slot 0 takes the empty entries: no filtering, no device sync
+        return seen[1:]
+
+    @torch.no_grad()
+    def _revive(self, vectors: Tensor, generator: torch.Generator | None) -> None:
+        assert self.usage_queue is not None
+        if int(self.tokens_since_revival) < self.usage_queue.numel():
+            return
+        self.tokens_since_revival.zero_()
+        dead = (~self._used()).nonzero().flatten()
+        if dead.numel():
+            codes = self.codes()
+            error = (vectors - codes[_nearest(vectors, codes)]).square().sum(1) + 1e-12
+            count = min(dead.numel(), vectors.shape[0])
+            source = generator.device if generator is not None else error.device
+            drawn = torch.multinomial(error.to(source), count, generator=generator).to(error.device)
+            self.codebook[dead[:count]] = vectors[drawn].to(self.codebook.dtype)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(self.codebook, 0)  # the draws differ between processes; the codebook must not
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class VQModelOutput:
+    """Result of `VQModel.forward`.
+
+    Attributes:
+        sample: reconstruction [B, 3, H, W], about [-1, 1], not clamped.
+        quantization: ids, losses and usage.
+    """
+
+    sample: Tensor
+    quantization: QuantizerOutput
+
+
+@dataclass(frozen=True)
+class CodebookReport:
+    """How a codebook is used by a set of tokens.
+
+    Attributes:
+        counts: int64 [K] occurrences of each code.
+        num_tokens: tokens counted.
+    """
+
+    counts: Tensor
+    num_tokens: int
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes, K."""
+        return self.counts.numel()
+
+    @property
+    def dead_codes(self) -> Tensor:
+        """int64 indices of the codes that never occur."""
+        return (self.counts == 0).nonzero().flatten()
+
+    @property
+    def usage(self) -> float:
+        """Part of the codes that occur, in [0, 1]."""
+        return float((self.counts > 0).float().mean())
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the code distribution in bits; at most log2(K)."""
+        p = self.counts.double() / max(self.num_tokens, 1)
+        return float(-torch.special.xlogy(p, p).sum() / math.log(2.0))
+
+    @property
+    def perplexity(self) -> float:
+        """2^entropy: the size of an evenly used codebook with the same entropy."""
+        return 2.0**self.entropy
+
+    def __str__(self) -> str:
+        return (
+            f"codebook {self.codebook_size}: usage {self.usage:.1%} ({self.dead_codes.numel()} dead), "
+            f"perplexity {self.perplexity:.1f}, entropy {self.entropy:.2f} of {math.log2(self.codebook_size):.2f} bits, "
+            f"{self.num_tokens} tokens"
+        )
+
+
+def _published(name: str, hub_id: str, hub_file: str, multipliers: tuple[int, ...], size: int, parameters: int) -> Published:
+    factor = 2 ** (len(multipliers) - 1)
+    return Published(
+        name=name,
+        system="vq",
+        config={"encoder_channel_multipliers": multipliers, "decoder_channel_multipliers": multipliers},
+        hub_id=hub_id,
+        hub_file=hub_file,
+        licence="mit",
+        paper="2406.06525",
+        origin="https://github.com/FoundationVision/LlamaGen",
+        image_size=size,
+        num_tokens=(size // factor) ** 2,
+        codebook_size=16384,
+        preprocessing="ADM centre crop, RGB scaled to [-1, 1]",
+        parameters=parameters,
+    )
+
+
+VQ16 = (1, 1, 2, 2, 4)
+VQ8 = (1, 2, 2, 4)
+
+
+class VQModel(VistokModel):
+    """Convolutional auto-encoder with a vector-quantised bottleneck.
+
+    Fully convolutional: any H and W divisible by `downsample_factor`. The defaults are VQ-16.
+
+    Args:
+        in_channels: channels of the images.
+        base_channels: width that the multipliers refer to; a multiple of 32 (group normalisation has 32 groups).
+        encoder_channel_multipliers: width of each encoder level, finest first; each level after the first halves.
+        decoder_channel_multipliers: the same of the decoder, also finest first.
+        num_res_blocks: residual blocks an encoder level (the decoder has one more).
+        z_channels: width Z of the bottleneck before and after quantisation.
+        codebook_size: number of codes K.
+        codebook_dim: dimension of a code C.
+        commitment_weight: weight of the commitment loss.
+        entropy_weight: weight of the entropy loss; 0 leaves it out.
+        l2_normalize: compare and decode unit vectors.
+        dropout: dropout of the residual blocks.
+        attention: `"bottleneck"` puts attention after each residual block of the coarsest level (published),
+            `"middle"` only between the two middle blocks.
+        usage_window: recent tokens that `usage` and dead codes are judged by.
+        revive_dead_codes: replace unused codes during training (see `VectorQuantizer`).
+
+    Raises:
+        InvalidInputError: if the arguments do not fit each other.
+    """
+
+    system: ClassVar[str] = "vq"
+    published: ClassVar[dict[str, Published]] = {
+        entry.name: entry
+        for entry in (
+            _published("vq16.imagenet", "FoundationVision/LlamaGen", "vq_ds16_c2i.pt", VQ16, 256, 71_883_403),
+            _published("vq16.t2i", "peizesun/llamagen_t2i", "vq_ds16_t2i.pt", VQ16, 256, 71_883_403),
+            _published("vq8.imagenet", "FoundationVision/LlamaGen", "vq_ds8_c2i.pt", VQ8, 256, 70_109_835),
+        )
+    }
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        encoder_channel_multipliers: Sequence[int] = VQ16,
+        decoder_channel_multipliers: Sequence[int] = VQ16,
+        num_res_blocks: int = 2,
+        z_channels: int = 256,
+        codebook_size: int = 16384,
+        codebook_dim: int = 8,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.0,
+        l2_normalize: bool = True,
+        dropout: float = 0.0,
+        attention: str = "bottleneck",
+        usage_window: int = 65536,
+        revive_dead_codes: bool = False,
+    ) -> None:
+        super().__init__()
+        if base_channels % 32:
+            raise InvalidInputError(f"base_channels must be a multiple of 32 (group normalisation); got {base_channels}")
+        if len(encoder_channel_multipliers) != len(decoder_channel_multipliers):
+            raise InvalidInputError(
+                f"encoder and decoder need the same number of levels; got {list(encoder_channel_multipliers)} and "
+                f"{list(decoder_channel_multipliers)}"
+            )
+        if attention not in ("bottleneck", "middle"):
+            raise InvalidInputError(f"attention must be 'bottleneck' or 'middle'; got {attention!r}")
+        coarsest = len(encoder_channel_multipliers) - 1
+        attention_levels = (coarsest,) if attention == "bottleneck" else ()
+        self.encoder = ConvEncoder(
+            in_channels,
+            base_channels,
+            encoder_channel_multipliers,
+            num_res_blocks,
+            z_channels,
+            attention_levels=attention_levels,
+            dropout=dropout,
+        )
+        self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
+        self.quantizer = VectorQuantizer(
+            codebook_size,
+            codebook_dim,
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            l2_normalize=l2_normalize,
+            usage_window=usage_window,
+            revive_dead_codes=revive_dead_codes,
+        )
+        self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
+        self.decoder = ConvDecoder(
+            z_channels,
+            base_channels,
+            decoder_channel_multipliers,
+            num_res_blocks,
+            in_channels,
+            attention_levels=attention_levels,
+            dropout=dropout,
+        )
+        self.tile_size: int | None = None
+        self.tile_overlap = 0
+        self._tables: tuple[Any, Tensor, Tensor] | None = None
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> VQModel:
+        """Random weights, 2x downsampling, 64 codes."""
+        multipliers = (1, 1)
+        arguments = {
+            "base_channels": 32,
+            "encoder_channel_multipliers": multipliers,
+            "decoder_channel_multipliers": multipliers,
+            "num_res_blocks": 1,
+            "z_channels": 16,
+            "codebook_size": 64,
+            "usage_window": 1024,
+        }
+        return cls(**{**arguments, **overrides})
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels a token covers in each direction, f."""
+        return 2 ** (len(self.config.encoder_channel_multipliers) - 1)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes, K."""
+        return self.quantizer.codebook_size
+
+    # ---- objective
+
+    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> VQModelOutput:
+        """Encode, quantise and decode; gradients pass straight through the quantiser.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+            generator: source of the draws of `revive_dead_codes`.
+        """
+        quantization = self.quantizer(self.encode_features(images), generator=generator)
+        return VQModelOutput(self.decode_features(quantization.quantized), quantization)
+
+    def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Squared error plus the losses of the quantiser (for the adversarial objective see `VQLoss`).
+
+        Args:
+            batch: `images` [B, 3, H, W] in [-1, 1].
+            generator: source of the draws of `revive_dead_codes`.
+
+        Returns:
+            `loss` and its parts `reconstruction`, `codebook`, `commitment` (and `entropy`, `usage` where they exist).
+        """
+        images = batch["images"]
+        output = self(images, generator=generator)
+        quantization = output.quantization
+        reconstruction = F.mse_loss(output.sample.float(), images.float())
+        losses = {"loss": reconstruction + quantization.loss, "reconstruction": reconstruction.detach()}
+        losses["codebook"] = quantization.codebook_loss.detach()
+        losses["commitment"] = quantization.commitment_loss.detach()
+        if self.quantizer.entropy_weight:
+            losses["entropy"] = quantization.entropy_loss.detach()
+        if quantization.usage is not None:
+            losses["usage"] = quantization.usage
+        return losses
+
+    # ---- inference
+
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the feature map [B, C, h, w] before quantisation."""
+        return self.quant_conv(self.encoder(images.to(self.dtype)))
+
+    def decode_features(self, quantized: Tensor) -> Tensor:
+        """Codes [B, C, h, w] to images [B, 3, H, W], not clamped."""
+        return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> VisualTokens:
+        """Images to tokens.
+
+        Args:
+            images: float [B, 3, H, W] in [-1, 1]; H and W divisible by `downsample_factor`.
+
+        Returns:
+            ids [B, N] in raster order, with `grid` = (h, w).
+
+        Raises:
+            InvalidInputError: wrong shape, channels, size, type or range; NaN or infinite pixels.
+        """
+        self._check_images(images)
+        factor = self.downsample_factor
+        if self.tile_size is not None and max(images.shape[-2:]) > self.tile_size:
+            z = _tiled(self.encode_features, images, self.tile_size, self.tile_overlap, factor, enlarge=False)
+        else:
+            z = self.encode_features(images)
+        batch, dim, rows, cols = z.shape
+        with torch.autocast(z.device.type, enabled=False):
+            vectors = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
+            if self.config.l2_normalize:
+                vectors = F.normalize(vectors, dim=-1)
+            ids = _nearest(vectors, self._inference_tables()[0])
+        return VisualTokens(ids=ids.view(batch, rows * cols), grid=(rows, cols))
+
+    def decode(self, tokens: VisualTokens, *, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens to images.
+
+        Args:
+            tokens: ids [B, N]; without a `grid`, N must be a square number.
+            generator: accepted for symmetry with stochastic decoders; this one draws nothing.
+
+        Returns:
+            [B, 3, H, W], about [-1, 1], not clamped.
+
+        Raises:
+            InvalidInputError: no ids, ids outside the codebook, or no way to lay them out.
+        """
+        if tokens.ids is None:
+            raise InvalidInputError("VQModel.decode needs ids; these tokens are continuous features")
+        batch, total = tokens.ids.shape
+        side = math.isqrt(total)
+        if tokens.grid is None and side * side != total:
+            raise InvalidInputError(f"{total} tokens without a grid: give VisualTokens(grid=(rows, cols))")
+        rows, cols = tokens.grid or (side, side)
+        ids = tokens.ids.to(self.device)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
+            raise InvalidInputError(
+                f"ids must lie in 0..{self.codebook_size - 1}; got {int(ids.min())}..{int(ids.max())}: "
+                "do these tokens come from another tokenizer?"
+            )
+        # In channels-last memory the lookup's result needs no copy.
+        features = F.embedding(ids, self._inference_tables()[1]).view(batch, rows, cols, -1).permute(0, 3, 1, 2)
+        tile = None if self.tile_size is None else self.tile_size // self.downsample_factor
+        if tile is not None and max(rows, cols) > tile:
+            overlap = self.tile_overlap // self.downsample_factor
+            return _tiled(self.decoder, features, tile, overlap, self.downsample_factor, enlarge=True)
+        return self.decoder(features)
+
+    def _inference_tables(self) -> tuple[Tensor, Tensor]:
+        """(codes float32 [K, C], codes after `post_quant_conv` [K, Z] in the model's type), kept until weights change."""
+        sources = (self.quantizer.codebook, self.post_quant_conv.weight, self.post_quant_conv.bias)
+        cacheable = not torch.is_grad_enabled() and not any(source.is_inference() for source in sources)
+        stamp = [(source.data_ptr(), source._version, source.dtype, source.device) for source in sources] if cacheable else None
+        if stamp is not None and self._tables is not None and self._tables[0] == stamp:
+            return self._tables[1], self._tables[2]
+        codes = self.quantizer.codes()
+        with torch.autocast(codes.device.type, enabled=False):
+            features = F.linear(codes, self.post_quant_conv.weight.float().flatten(1), self.post_quant_conv.bias.float())
+        features = features.to(self.dtype)
+        if stamp is not None:
+            self._tables = (stamp, codes, features)
+        return codes, features
+
+    def enable_tiling(self, tile_size: int = 512, overlap: int = 64) -> None:
+        """Encode and decode large images in overlapping square tiles, blended linearly.
+
+        Attention costs the square of the number of tokens, and activations fill the memory; tiles bound both. The
+        result differs slightly from an untiled one, because normalisation then sees one tile at a time.
+
+        Args:
+            tile_size: side of a tile in pixels, a multiple of `downsample_factor`.
+            overlap: pixels that neighbours share, a multiple of `downsample_factor`, less than `tile_size`.
+        """
+        factor = self.downsample_factor
+        if tile_size % factor or overlap % factor or not 0 <= overlap < tile_size:
+            raise InvalidInputError(
+                f"tile_size and overlap must be multiples of {factor} with 0 <= overlap < tile_size; "
+                f"got {tile_size} and {overlap}"
+            )
+        self.tile_size, self.tile_overlap = tile_size, overlap
+
+    def disable_tiling(self) -> None:
+        """Encode and decode whole images again."""
+        self.tile_size, self.tile_overlap = None, 0
+
+    def _check_images(self, images: Tensor) -> None:
+        channels, factor = self.config.in_channels, self.downsample_factor
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise InvalidInputError(f"images must be [B, {channels}, H, W]; got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise InvalidInputError(f"images must be floating point in [-1, 1]; got {images.dtype}: use preprocess()")
+        height, width = images.shape[-2:]
+        if height % factor or width % factor or not height or not width:
+            low, high = [max(side // factor, 1) * factor for side in (height, width)], [
+                -(-max(side, 1) // factor) * factor for side in (height, width)
+            ]
+            raise InvalidInputError(
+                f"height and width must be divisible by {factor}; got {height}x{width}: the nearest valid sizes are "
+                f"{low[0]}x{low[1]} and {high[0]}x{high[1]} (preprocess() crops; reconstruct() takes any size)"
+            )
+        if images.numel():
+            low_value, high_value = (float(value) for value in torch.aminmax(images))
+            if not (math.isfinite(low_value) and math.isfinite(high_value)):
+                raise InvalidInputError("images contain NaN or infinite pixels")
+            if max(-low_value, high_value) > 16.0:
+                raise InvalidInputError(
+                    f"images must lie in [-1, 1]; got {low_value:.4g}..{high_value:.4g}: scale them with preprocess()"
+                )
+
+    # ---- pictures
+
+    def preprocess(
+        self,
+        images: Image.Image | str | os.PathLike[str] | Sequence[Image.Image | str | os.PathLike[str]],
+        size: int | tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Pictures to a batch that `encode` accepts.
+
+        Args:
+            images: a picture, a path, or a list of them.
+            size: side of a square or (height, width), divisible by `downsample_factor`: pictures are scaled to cover it
+                and cut to the centre (ADM's centre crop). None keeps the scale and cuts at most
+                `downsample_factor - 1` pixels a direction, evenly on both sides.
+
+        Returns:
+            float32 [B, 3, H, W] in [-1, 1] on the CPU.
+
+        Raises:
+            InvalidInputError: unreadable pictures, pictures smaller than a token, or unequal sizes without `size`.
+        """
+        factor = self.downsample_factor
+        listed = [images] if isinstance(images, (Image.Image, str, os.PathLike)) else list(images)
+        if not listed:
+            raise InvalidInputError("preprocess() needs at least one image")
+        pictures = [open_image(item) for item in listed]
+        if size is None:
+            sizes = sorted({(picture.height, picture.width) for picture in pictures})
+            if len(sizes) > 1:
+                shown = ", ".join(f"{height}x{width}" for height, width in sizes[:4])
+                raise InvalidInputError(f"a batch needs images of one size; got {shown}: give size=")
+            height, width = (side // factor * factor for side in sizes[0])
+            if not height or not width:
+                raise InvalidInputError(
+                    f"the image has {sizes[0][0]}x{sizes[0][1]} pixels; at least {factor}x{factor} are needed: give size="
+                )
+            left, top = (sizes[0][1] - width) // 2, (sizes[0][0] - height) // 2
+            pictures = [picture.crop((left, top, left + width, top + height)) for picture in pictures]
+        else:
+            target = (size, size) if isinstance(size, int) else tuple(size)
+            if any(side < factor or side % factor for side in target):
+                raise InvalidInputError(f"size must be a multiple of {factor}, at least {factor}; got {size}")
+            pictures = [center_crop(picture, target) for picture in pictures]
+        return torch.stack([to_tensor(picture) for picture in pictures])
+
+    def postprocess(self, images: Tensor, output_type: str = "pil") -> Any:
+        """Images [B, 3, H, W] in [-1, 1] to pictures.
+
+        Args:
+            images: output of `decode`; values outside the range are clamped.
+            output_type: `"pil"` (list of pictures), `"uint8"` (tensor [B, H, W, 3], the published evaluation's
+                rounding), `"np"` (float [B, H, W, 3] in [0, 1]) or `"pt"` (float [B, 3, H, W] in [0, 1]).
+
+        Raises:
+            InvalidOutputError: if there are NaNs.
+        """
+        images = images.detach()
+        if not bool(torch.isfinite(images).all()):
+            raise InvalidOutputError("the decoded images contain NaN or infinite pixels: check the model's weights")
+        if output_type == "pil":
+            return [Image.fromarray(pixels) for pixels in to_uint8(images).cpu().numpy()]
+        if output_type == "uint8":
+            return to_uint8(images)
+        scaled = (images.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return scaled
+        if output_type == "np":
+            return scaled.permute(0, 2, 3, 1).cpu().numpy()
+        raise InvalidInputError(f"output_type must be 'pil', 'np', 'pt' or 'uint8'; got {output_type!r}")
+
+    @torch.no_grad()
+    def reconstruct(self, image: Image.Image | str | os.PathLike[str], *, tile_size: int | None = None) -> Image.Image:
+        """A picture of any size through the tokens and back, in its own size.
+
+        The picture is padded by reflection to a multiple of `downsample_factor`, and the padding is cut off afterwards.
+
+        Args:
+            image: a picture or a path.
+            tile_size: side of the tiles in pixels (see `enable_tiling`); None tiles pictures above 1024x1024 pixels by
+                512, or as `enable_tiling` was told.
+        """
+        pixels = to_tensor(open_image(image)).unsqueeze(0).to(self.device)
+        height, width = pixels.shape[-2:]
+        factor = self.downsample_factor
+        padding = (-width % factor, -height % factor)
+        reflect = padding[0] < width and padding[1] < height
+        padded = F.pad(pixels, (0, padding[0], 0, padding[1]), mode="reflect" if reflect else "replicate")
+        before = (self.tile_size, self.tile_overlap)
+        if tile_size is None and before[0] is None and height * width > 1024 * 1024:
+            tile_size = -(-512 // factor) * factor
+        try:
+            if tile_size is not None:
+                self.enable_tiling(tile_size, tile_size // factor // 8 * factor)
+            decoded = self.decode(self.encode(padded))
+        finally:
+            self.tile_size, self.tile_overlap = before
+        return self.postprocess(decoded[..., :height, :width])[0]
+
+    # ---- report
+
+    def codebook_report(self, tokens: VisualTokens | Iterable[VisualTokens]) -> CodebookReport:
+        """Usage, dead codes and perplexity of the codebook over some tokens (masked ones do not count).
+
+        Args:
+            tokens: tokens, or an iterable of them (for example of the batches of a validation set).
+
+        Raises:
+            InvalidInputError: tokens without ids, or ids outside the codebook.
+        """
+        counts = torch.zeros(self.codebook_size, dtype=torch.int64)
+        for part in [tokens] if isinstance(tokens, VisualTokens) else tokens:
+            if part.ids is None:
+                raise InvalidInputError("codebook_report needs tokens with ids")
+            ids = (part.ids if part.mask is None else part.ids[part.mask]).flatten().cpu()
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.codebook_size:
+                raise InvalidInputError(
+                    f"ids must lie in 0..{self.codebook_size - 1}; got {int(ids.min())}..{int(ids.max())}"
+                )
+            counts += torch.bincount(ids, minlength=self.codebook_size)
+        return CodebookReport(counts, int(counts.sum()))
+
+    # ---- the authors' files
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        config: str | Mapping[str, Any],
+        *,
+        weights: str = "auto",
+    ) -> VQModel:
+        """Load a file of the authors (see `VistokModel.from_official`).
+
+        Args:
+            source: file, or its content: a flat state dict or a training checkpoint around one.
+            config: published name, or constructor arguments (the authors' names or ours).
+            weights: which state dict of a training checkpoint: `"ema"`, `"model"`, or `"auto"` (the moving average
+                where there is one, as the authors' reconstruction script does).
+        """
+        if weights == "auto":
+            return super().from_official(source, config)
+        content = source if isinstance(source, Mapping) else read_state_dict(source)
+        if not isinstance(content.get(weights), Mapping):
+            raise CheckpointError(f"the checkpoint has no {weights!r} weights; top-level keys: {', '.join(map(str, content))}")
+        return super().from_official(content[weights], config)
+
+    @classmethod
+    def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our constructor arguments from the authors' `ModelArgs` (or `vq_model`: "VQ-16" | "VQ-8")."""
+        arguments = dict(config)
+        preset = arguments.pop("vq_model", None)
+        if preset is not None:
+            if preset not in OFFICIAL_PRESETS:
+                raise InvalidInputError(f"vq_model must be one of {', '.join(OFFICIAL_PRESETS)}; got {preset!r}")
+            arguments = {
+                "encoder_ch_mult": OFFICIAL_PRESETS[preset],
+                "decoder_ch_mult": OFFICIAL_PRESETS[preset],
+                **arguments,
+            }
+        if not arguments.pop("codebook_show_usage", True):
+            arguments["usage_window"] = 0
+        return {OFFICIAL_ARGUMENTS.get(name, name): value for name, value in arguments.items()}
+
+    @classmethod
+    def unwrap_official(cls, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Take the state dict out of `ema`, `model`, `module` or `state_dict`, and strip wrapper prefixes."""
+        for key in ("ema", "model", "module", "state_dict"):
+            if isinstance(state.get(key), Mapping):
+                return cls.unwrap_official(state[key])
+        return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+    @classmethod
+    def rename_official(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official names to ours; the separate q, k, v convolutions are joined."""
+        renamed = {}
+        for key, value in merge_attention_keys(state).items():
+            for pattern, replacement in OFFICIAL_TO_OURS:
+                key = re.sub(pattern, replacement, key)
+            renamed[key] = value.to(torch.int32) if key == "quantizer.usage_queue" else value
+        return renamed
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict under the authors' names."""
+        official = {}
+        for key, value in split_attention_keys(self.state_dict()).items():
+            if key == "quantizer.tokens_since_revival":
+                continue
+            if key == "quantizer.usage_queue":
+                value = value.clamp_min(0).float()
+            for pattern, replacement in OURS_TO_OFFICIAL:
+                key = re.sub(pattern, replacement, key)
+            official[key] = value
+        return official
+
+    @classmethod
+    def diagnose_official(cls, missing: list[str], unexpected: list[str]) -> str | None:
+        """Recognise the generators that are published beside this tokenizer, and VQGAN files of other families."""
+        if any(key.startswith(("tok_embeddings.", "layers.", "cls_embedding.")) for key in unexpected):
+            return "This is a generator (a LlamaGen or NAR transformer), not an image tokenizer."
+        if any(key.startswith(("encoder.down.", "decoder.up.")) for key in unexpected):
+            return "This is an auto-encoder of the CompVis layout (VQGAN or KL), not LlamaGen's."
+        if any(key.startswith("main.") for key in unexpected):
+            return "This is a PatchGAN discriminator."
+        return None
+
+
+OFFICIAL_PRESETS = {"VQ-16": VQ16, "VQ-8": VQ8}
+OFFICIAL_ARGUMENTS = {
+    "ch": "base_channels",
+    "encoder_ch_mult": "encoder_channel_multipliers",
+    "decoder_ch_mult": "decoder_channel_multipliers",
+    "codebook_embed_dim": "codebook_dim",
+    "codebook_l2_norm": "l2_normalize",
+    "commit_loss_beta": "commitment_weight",
+    "entropy_loss_ratio": "entropy_weight",
+    "dropout_p": "dropout",
+}
+OFFICIAL_TO_OURS = (
+    (r"^(encoder|decoder)\.conv_blocks\.(\d+)\.res\.", r"\1.levels.\2.blocks."),
+    (r"^(encoder|decoder)\.conv_blocks\.(\d+)\.attn\.", r"\1.levels.\2.attentions."),
+    (r"^encoder\.conv_blocks\.(\d+)\.downsample\.", r"encoder.levels.\1.resample."),
+    (r"^decoder\.conv_blocks\.(\d+)\.upsample\.", r"decoder.levels.\1.resample."),
+    (r"^(encoder|decoder)\.mid\.", r"\1.middle."),
+    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.proj_out\.", ".proj."),
+    (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
+    (r"^quantize\.codebook_used$", "quantizer.usage_queue"),
+)
+OURS_TO_OFFICIAL = (
+    (r"^(encoder|decoder)\.levels\.(\d+)\.blocks\.", r"\1.conv_blocks.\2.res."),
+    (r"^(encoder|decoder)\.levels\.(\d+)\.attentions\.", r"\1.conv_blocks.\2.attn."),
+    (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.conv_blocks.\1.downsample."),
+    (r"^decoder\.levels\.(\d+)\.resample\.", r"decoder.conv_blocks.\1.upsample."),
+    (r"^(encoder|decoder)\.middle\.", r"\1.mid."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+    (r"\.proj\.", ".proj_out."),
+    (r"^quantizer\.codebook$", "quantize.embedding.weight"),
+    (r"^quantizer\.usage_queue$", "quantize.codebook_used"),
+)
+
+
+def _tiled(
+    run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, factor: int, *, enlarge: bool
+) -> Tensor:
+    """Apply `run` to overlapping square tiles of x [B, C, H, W] and blend the results.
+
+    Args:
+        run: enlarges or shrinks both sides by `factor`.
+        x: input.
+        tile: side of a tile in pixels of x.
+        overlap: pixels of x that neighbours share.
+        factor: ratio of sides.
+        enlarge: whether `run` enlarges.
+    """
+
+    def starts(length: int) -> list[int]:
+        if length <= tile:
+            return [0]
+        return [*range(0, length - tile, tile - overlap), length - tile]
+
+    def scaled(length: int) -> int:
+        return length * factor if enlarge else length // factor
+
+    def ramp(length: int) -> Tensor:
+        position = torch.arange(length, device=x.device, dtype=torch.float32)
+        return torch.minimum(position, length - 1 - position).add(1).clamp(max=scaled(overlap) + 1)
+
+    height, width = x.shape[-2:]
+    total: Tensor | None = None
+    weights = torch.zeros(scaled(height), scaled(width), device=x.device)
+    for top in starts(height):
+        for left in starts(width):
+            part = run(x[..., top : top + tile, left : left + tile])
+            weight = ramp(part.shape[-2])[:, None] * ramp(part.shape[-1])
+            if total is None:
+                total = torch.zeros(*part.shape[:2], *weights.shape, device=x.device)
+            y, z = scaled(top), scaled(left)
+            total[..., y : y + part.shape[-2], z : z + part.shape[-1]] += part * weight
+            weights[y : y + part.shape[-2], z : z + part.shape[-1]] += weight
+            dtype = part.dtype
+    assert total is not None
+    return (total / weights).to(dtype)

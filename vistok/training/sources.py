@@ -1,0 +1,355 @@
+"""Training data: every sample is a function of (seed, its number), so any step of any run can be drawn again.
+
+A source answers `batch(numbers)`: sample numbers in, a dictionary of stacked tensors and lists out. Numbers run on for ever;
+sources with a finite set shuffle it anew each epoch. Images stay uint8 until they are on the training device.
+
+Shape letters: B samples, H rows and W columns of pixels, N tokens an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from vistok.errors import InvalidInputError, require
+from vistok.files import atomic_path, open_image
+
+from .recipe import FolderRecipe, Recipe, ShapesImagesRecipe, ShapesTokensRecipe, ShardsRecipe
+
+__all__ = [
+    "PHOTOGRAPHS",
+    "ShapesImages",
+    "ShapesTokens",
+    "Source",
+    "StepBatches",
+    "load_photographs",
+    "open_source",
+]
+
+# Pictures in scikit-image's wheel that show something real. The rest are drawings, text, masks or near-duplicates
+# (motorcycle_right is the other eye of motorcycle_left).
+PHOTOGRAPHS = (
+    "astronaut",
+    "brick",
+    "camera",
+    "cell",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "ihc",
+    "moon",
+    "motorcycle_left",
+    "retina",
+    "rocket",
+)
+# Streams of lab scenes that training never draws from.
+HELD_OUT_STREAM = 2**40
+# Each scene has several wordings, one an epoch, from full descriptions to bare ones.
+ATTRIBUTE_DROPOUT = (0.0, 0.25, 0.5, 0.75)
+
+
+class Source(Protocol):
+    """What the trainer needs of a data source."""
+
+    def batch(self, numbers: np.ndarray) -> dict[str, Any]:
+        """The samples of these numbers: `images` uint8 [B, 3, H, W] or `ids` int64 [B, N]; `labels` int64 [B] and
+        `captions` (list of B texts) where the source has them."""
+        ...
+
+
+class StepBatches(Dataset):
+    """The batches of one process, by number of the forward pass.
+
+    Optimiser step s takes the samples s * batch_size up to (s + 1) * batch_size whatever the number of processes and
+    accumulation steps, which only divide them.
+    """
+
+    def __init__(self, source: Source, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
+        self.source, self.accumulation = source, accumulation
+        self.rank, self.processes = rank, processes
+        self.size = batch_size // (accumulation * processes)
+
+    def __getitem__(self, forward: int) -> dict[str, Any]:
+        first = (forward * self.processes + self.rank) * self.size
+        return self.source.batch(np.arange(first, first + self.size, dtype=np.int64))
+
+
+class Forwards(Sampler):
+    """Numbers of the forward passes still to do."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Epochs:
+    """Which of `size` items sample number n takes: a new permutation each epoch, a function of (seed, n)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+        chosen = np.empty_like(numbers)
+        epochs = numbers // self.size
+        for epoch in np.unique(epochs):
+            if epoch != self._epoch:
+                self._epoch = int(epoch)
+                self._order = np.random.default_rng((self.seed, self._epoch)).permutation(self.size)
+            here = epochs == epoch
+            chosen[here] = self._order[numbers[here] % self.size]
+        return chosen
+
+
+def load_photographs(names: Sequence[str]) -> dict[str, Image.Image]:
+    """Photographs that ship with scikit-image, by name.
+
+    Raises:
+        InvalidInputError: a name is none of `PHOTOGRAPHS`.
+        MissingExtraError: scikit-image is not installed (extra `train`).
+    """
+    unknown = sorted(set(names) - set(PHOTOGRAPHS))
+    if unknown:
+        raise InvalidInputError(f"unknown photographs {', '.join(unknown)}; known: {', '.join(PHOTOGRAPHS)}")
+    folder = Path(str(require("skimage.data", "train").__file__)).parent
+    found = {}
+    for name in names:
+        files = [folder / f"{name}{suffix}" for suffix in (".png", ".jpg")]
+        found[name] = open_image(next((file for file in files if file.is_file()), files[0]))
+    return found
+
+
+class PhotoCrops:
+    """Random crops of photographs: log-uniform scale, mirrored or turned, with changed colours."""
+
+    def __init__(self, images: Sequence[Image.Image], size: int) -> None:
+        self.size = size
+        # Halved copies: cutting a large crop from the full picture and shrinking it would cost ten times the rest.
+        self.pyramids: list[list[Image.Image]] = []
+        for image in images:
+            levels = [image]
+            while min(levels[-1].size) >= 4 * size:
+                levels.append(levels[-1].reduce(2))
+            self.pyramids.append(levels)
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """One crop, uint8 [H, W, 3]."""
+        levels = self.pyramids[int(rng.integers(len(self.pyramids)))]
+        width, height = levels[0].size
+        smallest, largest = min(self.size, width, height), min(width, height)
+        side = smallest * (largest / smallest) ** rng.random()
+        left, top = rng.random() * (width - side), rng.random() * (height - side)
+        level = min(len(levels) - 1, max(0, int(np.log2(side / self.size))))
+        picture = levels[level]
+        scale = picture.width / width
+        box = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
+        box = (box[0], box[1], min(box[2], picture.width), min(box[3], picture.height))
+        crop = np.asarray(picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        if rng.random() < 0.5:
+            crop = crop[:, ::-1]
+        if rng.random() < 0.25:
+            crop = crop.transpose(1, 0, 2)
+        if rng.random() < 0.5:  # a dozen photographs show few colours: permuted channels show six times as many
+            crop = crop[:, :, rng.permutation(3)]
+        if rng.random() < 0.5:
+            gain, offset = 0.6 + 0.8 * rng.random(3), 60.0 * (rng.random(3) - 0.5)
+            crop = np.clip((crop - 127.5) * gain + 127.5 + offset, 0.0, 255.0)
+        return crop.astype(np.uint8)
+
+
+class ShapesImages:
+    """Lab scenes mixed with photograph crops (see `ShapesImagesRecipe`)."""
+
+    def __init__(self, recipe: ShapesImagesRecipe, seed: int) -> None:
+        self.recipe, self.seed = recipe, seed
+        self.crops: PhotoCrops | None = None
+        self.pool: np.ndarray | None = None
+        self.order: Epochs | None = None
+        unknown = sorted(set(recipe.held_out_photos) - set(PHOTOGRAPHS))
+        if unknown:
+            raise InvalidInputError(f"data.held_out_photos: no photograph {unknown}; known: {', '.join(PHOTOGRAPHS)}")
+        if recipe.photo_ratio:
+            names = [name for name in PHOTOGRAPHS if name not in recipe.held_out_photos]
+            if not names:
+                raise InvalidInputError("data.held_out_photos leaves no photograph to train on")
+            self.crops = PhotoCrops(list(load_photographs(names).values()), recipe.image_size)
+        if recipe.scenes:
+            self.pool = np.stack([self.render(number) for number in range(recipe.scenes)])
+            self.order = Epochs(recipe.scenes, seed)
+
+    def scene(self, number: int) -> Any:
+        """Scene `number` of this training's stream."""
+        from vistok.data.shapes import sample_scene
+
+        return sample_scene(self.seed, number, self.recipe.objects)
+
+    def render(self, number: int) -> np.ndarray:
+        """Its pixels, uint8 [H, W, 3]."""
+        from vistok.data.shapes import render
+
+        return render(self.scene(number), self.recipe.image_size)
+
+    def batch(self, numbers: np.ndarray) -> dict[str, Any]:
+        """uint8 images [B, 3, H, W], and `objects` if the recipe asks for annotations."""
+        scenes = numbers if self.order is None else self.order(numbers)
+        pictures = []
+        for number, scene in zip(numbers.tolist(), scenes.tolist(), strict=True):
+            if self.crops is not None:
+                rng = np.random.default_rng((self.seed, number))
+                if rng.random() < self.recipe.photo_ratio:
+                    pictures.append(self.crops.draw(rng))
+                    continue
+            pictures.append(self.render(scene) if self.pool is None else self.pool[scene])
+        found: dict[str, Any] = {"images": torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()}
+        if self.recipe.annotations:
+            from vistok.metrics.features import scene_targets
+
+            found["objects"] = scene_targets([self.scene(number) for number in scenes.tolist()])
+        return found
+
+
+def image_batch(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [H, W, 3] pictures as one float batch [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+class ShapesTokens:
+    """Lab scenes as tokenizer ids, read from a memory map (see `ShapesTokensRecipe`)."""
+
+    def __init__(self, folder: Path, recipe: ShapesTokensRecipe, seed: int) -> None:
+        self.folder, self.condition = folder, recipe.condition
+        self.labels = np.load(folder / "labels.npy")
+        self.captions: list[list[str]] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        self.order = Epochs(recipe.scenes, seed)
+        self._ids: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # workers map the file themselves instead of receiving a copy
+        return {**self.__dict__, "_ids": None}
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 [scenes, N]."""
+        if self._ids is None:
+            self._ids = np.load(self.folder / "ids.npy", mmap_mode="r")
+        return self._ids
+
+    def batch(self, numbers: np.ndarray) -> dict[str, Any]:
+        """`ids` int64 [B, N], and `labels` [B] or `captions`."""
+        chosen = self.order(numbers)
+        found: dict[str, Any] = {"ids": torch.from_numpy(self.ids[chosen].astype(np.int64))}
+        if self.condition == "class":
+            found["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
+        else:
+            epochs = (numbers // self.order.size).tolist()
+            found["captions"] = [
+                self.captions[scene][(epoch + scene) % len(ATTRIBUTE_DROPOUT)]
+                for scene, epoch in zip(chosen.tolist(), epochs, strict=True)
+            ]
+        return found
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encode_scenes(
+    recipe: ShapesTokensRecipe,
+    tokenizer: Any,
+    stream: int,
+    cache: Path,
+    *,
+    device: torch.device,
+    batch_size: int = 128,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Encode the scenes of a recipe once.
+
+    The folder's name depends on the scenes and on the tokenizer's weights, so that a changed tokenizer never meets old ids.
+
+    Args:
+        recipe: which scenes.
+        tokenizer: VQ model with `encode(images) -> VisualTokens`.
+        stream: seed of the scenes.
+        cache: folder of all token files.
+        device: where the tokenizer runs.
+        batch_size: images a forward pass.
+        on_progress: called with (scenes done, scenes).
+
+    Returns:
+        Folder with `ids.npy` int32 [scenes, N], `labels.npy` int64 [scenes] (class of the first object) and `captions.json` (lists of wordings).
+    """
+    from vistok.data.shapes import caption, render, sample_scene
+
+    key = json.dumps([asdict(recipe) | {"condition": None}, stream, _fingerprint(tokenizer)], sort_keys=True)
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if (folder / "labels.npy").is_file():  # written last
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = [sample_scene(stream, number, recipe.objects) for number in range(recipe.scenes)]
+    parts = []
+    for first in range(0, len(scenes), batch_size):
+        pictures = [render(scene, recipe.image_size) for scene in scenes[first : first + batch_size]]
+        with torch.no_grad():
+            parts.append(tokenizer.encode(image_batch(pictures).to(device)).ids.to(torch.int32).cpu().numpy())
+        if on_progress is not None:
+            on_progress(first + len(pictures), len(scenes))
+    texts = []
+    for number, scene in enumerate(scenes):
+        rng = np.random.default_rng((stream, number))
+        texts.append([caption(scene, rng, attribute_dropout=share) for share in ATTRIBUTE_DROPOUT])
+    with atomic_path(folder / "ids.npy") as path:
+        np.save(path, np.concatenate(parts))
+    with atomic_path(folder / "captions.json") as path:
+        path.write_text(json.dumps(texts), encoding="utf-8")
+    with atomic_path(folder / "labels.npy") as path:
+        np.save(path, np.array([scene.label for scene in scenes], dtype=np.int64))
+    return folder
+
+
+def open_source(
+    recipe: Recipe,
+    *,
+    tokenizer: Any,
+    cache: Path,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Source:
+    """The data source of a recipe.
+
+    Args:
+        recipe: the recipe.
+        tokenizer: encodes lab scenes; None for sources that give images.
+        cache: where encoded scenes are kept.
+        device: where the tokenizer runs.
+        on_progress: called with (scenes done, scenes) while encoding.
+    """
+    data = recipe.data
+    if isinstance(data, ShapesImagesRecipe):
+        return ShapesImages(data, recipe.seed)
+    if isinstance(data, ShapesTokensRecipe):
+        folder = encode_scenes(data, tokenizer, recipe.seed, cache, device=device, on_progress=on_progress)
+        return ShapesTokens(folder, data, recipe.seed)
+    raise InvalidInputError(f"no source {data}")

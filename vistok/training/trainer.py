@@ -1,0 +1,571 @@
+"""One trainer for every system, on Accelerate: mixed precision, accumulation, several processes, EMA, exact resume.
+
+Every draw is a function of (seed, step): data order, dropout and sampling are reseeded for each forward pass, so a run that
+was killed continues bit for bit on the CPU, and a picture grid in between changes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
+from vistok.files import atomic_path, read_state_dict, write_text_atomic
+from vistok.nn.model import VistokModel
+from vistok.registry import system_class
+
+from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from .ema import EMA
+from .logs import MetricsLog, ProgressBar
+from .monitors import GeneratorMonitor, Monitor, TokenizerMonitor
+from .recipe import Recipe, ScheduleRecipe, load_recipe, recipe_differences, save_recipe
+from .sources import Forwards, Source, StepBatches, open_source
+
+__all__ = ["Trainer", "TrainingResult", "build_model", "load_matching", "lr_factor"]
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training ended.
+
+    Attributes:
+        status: `finished` or `interrupted` (Ctrl-C or SIGTERM; a checkpoint was written).
+        step: optimiser steps done.
+        run_dir: folder with checkpoints, metrics and pictures.
+        metrics: the last logged figures.
+    """
+
+    status: str
+    step: int
+    run_dir: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """Makes a network's training loss its `forward`, which is what DDP and autocast wrap."""
+
+    def __init__(self, model: VistokModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The network's `training_loss`."""
+        return self.model.training_loss(batch)
+
+
+def lr_factor(schedule: ScheduleRecipe, step: int, steps: int) -> float:
+    """Learning rate of optimiser step `step` (from 0) of `steps`, as a factor of the recipe's."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.name == "cosine":
+        done = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+        return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule.name == "step":
+        return schedule.factor ** sum(step >= fraction * steps for fraction in schedule.milestones)
+    return 1.0
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, numpy and torch (all devices) by a hash of the numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(2)
+    seed = int(state[0]) << 32 | int(state[1])
+    random.seed(seed)
+    np.random.seed(int(state[0]))
+    torch.manual_seed(seed % 2**63)
+
+
+def build_model(recipe: Recipe) -> VistokModel:
+    """The network of a recipe with its seeded random weights.
+
+    Raises:
+        UnknownNameError: no such system.
+        InvalidInputError: its constructor does not know an argument.
+    """
+    cls = system_class(recipe.model.system)
+    known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    for name in recipe.model.config:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+            raise InvalidInputError(f"unknown recipe field model.config.{name}; did you mean {' or '.join(nearest)}?")
+    seed_everything(recipe.seed)
+    return cls(**recipe.model.config)
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """Weights of an exported folder, a run folder or checkpoint (its moving average), or a shipped name.
+
+    Raises:
+        CheckpointError, UnknownNameError: nothing usable there.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from vistok import hub
+
+        return hub.load(source).state_dict()
+    checkpoint = latest_checkpoint(folder)
+    candidates = [folder / WEIGHTS_FILE, folder / "ema.safetensors", folder / "model.safetensors"]
+    if checkpoint is not None:
+        candidates += [checkpoint / "ema.safetensors", checkpoint / "model.safetensors"]
+    for file in candidates:
+        if file.is_file():
+            return read_state_dict(file)
+    raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(file.name for file in candidates[:3])}")
+
+
+def load_matching(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Load the tensors that fit by name and shape.
+
+    Returns:
+        One sentence for each tensor of the model that keeps its random values, and each that was not used.
+
+    Raises:
+        CheckpointError: nothing fits.
+    """
+    own = model.state_dict()
+    fitting = {
+        name: value for name, value in weights.items() if name in own and tuple(own[name].shape) == tuple(value.shape)
+    }
+    if not fitting:
+        raise CheckpointError("init_from: no tensor of the checkpoint fits this network by name and shape")
+    report = []
+    for name, value in own.items():
+        if name not in weights:
+            report.append(f"{name}: not in the checkpoint, starts at random")
+        elif name not in fitting:
+            report.append(
+                f"{name}: the checkpoint has {list(weights[name].shape)} instead of {list(value.shape)}, starts at random"
+            )
+    report += [f"{name}: in the checkpoint only, unused" for name in weights if name not in own]
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay on tensors of two or more dimensions only."""
+    trained = [value for value in model.parameters() if value.requires_grad]
+    return [
+        {"params": [value for value in trained if value.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [value for value in trained if value.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the training process decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Trainer:
+    """Runs a recipe.
+
+    Args:
+        recipe: what to train.
+        output: run folder (see `checkpoint`).
+        device: `cpu`, `cuda`, or None for the best there is. Under `accelerate launch` each process takes its own.
+        tensorboard: also write TensorBoard event files (extra `train`).
+
+    Raises:
+        InvalidInputError: the recipe asks for something this machine or system cannot do.
+    """
+
+    def __init__(
+        self, recipe: Recipe, output: str | os.PathLike[str], *, device: str | None = None, tensorboard: bool = True
+    ) -> None:
+        if device not in (None, "cpu", "cuda"):
+            raise InvalidInputError(
+                f"device {device!r}: expected cpu or cuda; choose one of several GPUs with CUDA_VISIBLE_DEVICES"
+            )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InvalidInputError("device cuda: PyTorch sees no GPU here; use --device cpu")
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            # Accelerate keeps its settings in process-wide singletons: a second training in one process may differ.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+        self.recipe, self.run_dir = recipe, Path(output)
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            gradient_accumulation_steps=recipe.gradient_accumulation,
+            cpu=device == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.device = self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        if recipe.precision == "fp16" and self.device.type == "cpu":
+            raise InvalidInputError("precision fp16 is 4 to 80 times slower than fp32 on the CPU; use bf16 or no")
+        shares = self.accelerator.num_processes * recipe.gradient_accumulation
+        if recipe.batch_size % shares:
+            raise InvalidInputError(
+                f"batch_size {recipe.batch_size} cannot be divided among {self.accelerator.num_processes} processes x "
+                f"{recipe.gradient_accumulation} accumulation steps; choose a multiple of {shares}"
+            )
+        self.tensorboard = tensorboard
+        self._interrupted = False
+
+    # ------------------------------------------------------------------------------------------------- setting up
+    def _set_up(self) -> None:
+        """Networks, data and optimisers; nothing is on disk yet."""
+        recipe = self.recipe
+        self.model = build_model(recipe)
+        if recipe.model.init_from is not None:
+            report = load_matching(self.model, read_weights(recipe.model.init_from))
+            if self.main and report:
+                write_text_atomic(self.run_dir / "init_from.txt", "\n".join(report) + "\n")
+        self.model.to(self.device)
+        if recipe.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.tokenizer = None if recipe.tokenizer is None else load_helper(recipe.tokenizer, self.device)
+        self.text_encoder = None if recipe.text_encoder is None else load_text_encoder(recipe.text_encoder, self.device)
+        check_vocabulary(recipe, self.model, self.tokenizer)
+        self.source = self._open_source()
+        settings = recipe.optimizer
+        optimizer = torch.optim.AdamW(
+            optimizer_groups(self.model, settings.weight_decay),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
+        self.ema = EMA(self.model, recipe.ema_decay) if recipe.ema_decay and self.main else None
+        self.monitor = open_monitor(self) if self.main else None
+        self.step = 0
+
+    def _open_source(self) -> Source:
+        with self.accelerator.main_process_first():  # the first process fills the token cache for all
+            if self.main:
+                with ProgressBar("encoding", 1) as bar:
+                    return self._source(lambda done, total: bar.update(done, total=total))
+            return self._source(None)
+
+    def _source(self, on_progress: Callable[[int, int], None] | None) -> Source:
+        return open_source(
+            self.recipe,
+            tokenizer=self.tokenizer,
+            cache=self.run_dir.parent / "token-cache",
+            device=self.device,
+            on_progress=on_progress,
+        )
+
+    def _claim_folder(self, resume: bool) -> None:
+        """Check that the run folder is new or belongs to this recipe; write the recipe into it."""
+        path = self.run_dir / "recipe.yaml"
+        if path.is_file():
+            if not resume:
+                raise InvalidInputError(f"{self.run_dir} already holds a run; resume it or choose another output folder")
+            differences = recipe_differences(load_recipe(path), self.recipe)
+            if differences:
+                raise InvalidInputError(
+                    f"{self.run_dir} was started with another recipe ({'; '.join(differences)}); "
+                    "use the old values or another output folder"
+                )
+        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
+        if self.main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_recipe(path, self.recipe)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def _save(self) -> None:
+        """Write a checkpoint of the current step (main process)."""
+        if self.main:
+            scaler = self.accelerator.scaler
+            extra: dict[str, Any] = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            checkpoint = Checkpoint(
+                step=self.step,
+                model=dict(self.model.state_dict()),
+                ema=None if self.ema is None else self.ema.state_dict(),
+                ema_updates=0 if self.ema is None else self.ema.updates,
+                extra=extra,
+            )
+            config = {key: value for key, value in self.model.config.items() if not key.startswith("_")}
+            save_checkpoint(self.run_dir, checkpoint, config, self.recipe.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        path = latest_checkpoint(self.run_dir)
+        if path is None:
+            return
+        saved = load_checkpoint(path)
+        try:
+            self.model.load_state_dict(saved.model, strict=True)
+            self.optimizer.load_state_dict(saved.extra["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} does not fit this recipe's network: {error}") from error
+        if self.accelerator.scaler is not None and saved.extra.get("scaler") is not None:
+            self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
+        if self.ema is not None:
+            if saved.ema is None:
+                raise CheckpointError(f"{path} holds no moving average, but the recipe asks for one")
+            self.ema.load_state_dict(saved.ema, saved.ema_updates)
+        self.step = saved.step
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+    def fit(self, *, resume: bool = True) -> TrainingResult:
+        """Train to the recipe's last step, from the newest checkpoint of the run folder if there is one.
+
+        Args:
+            resume: False refuses a folder that already holds a run.
+
+        Raises:
+            InvalidInputError: the folder belongs to another recipe (naming the fields that differ).
+            CheckpointError: a checkpoint is damaged.
+            InvalidOutputError: the loss became NaN or infinite.
+        """
+        self._claim_folder(resume)
+        self._set_up()
+        self._restore()
+        self.log = MetricsLog(self.run_dir, self.step, self.tensorboard) if self.main else None
+        try:
+            with self._interrupts(), ProgressBar(self.recipe.name, self.recipe.steps, shown=self.main) as bar:
+                status = self._loop(bar)
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return TrainingResult(status, self.step, self.run_dir, self.figures)
+
+    def _loop(self, bar: ProgressBar) -> str:
+        recipe = self.recipe
+        self.figures: dict[str, float] = {}
+        window: dict[str, Tensor] = {}
+        window_steps, window_start = 0, time.monotonic()
+        batches = iter(self._loader())
+        self.objective.train()
+        saved_at = self.step
+        while self.step < recipe.steps:
+            scalars = self._optimizer_step(batches)
+            self.step += 1
+            if self.ema is not None:
+                self.ema.update(self.model)
+            for name, value in scalars.items():
+                window[name] = window[name] + value if name in window else value
+            window_steps += 1
+            last = self.step == recipe.steps
+            interrupted = self._agree_on_interrupt()
+            due = {
+                name: last or bool(every and self.step % every == 0)
+                for name, every in (
+                    ("log", recipe.log_every),
+                    ("checkpoint", recipe.checkpoint_every),
+                    ("validate", recipe.validate_every),
+                    ("sample", recipe.sample_every),
+                )
+            }
+            if due["log"] or due["checkpoint"] or interrupted:
+                figures = self._averages(window, window_steps)
+                seconds = time.monotonic() - window_start
+                figures["samples_per_second"] = window_steps * recipe.batch_size / seconds
+                figures["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, self.step - 1, recipe.steps)
+                if due["log"]:
+                    self._write(figures)
+                    window, window_steps, window_start = {}, 0, time.monotonic()
+            bar.update(self.step, note=f"loss {self.figures['loss']:.4f}" if "loss" in self.figures else "")
+            if due["checkpoint"] or interrupted:
+                self._save()
+                saved_at = self.step
+            if due["validate"] and recipe.validate_every or due["sample"] and recipe.sample_every:
+                paused = time.monotonic()
+                self._watch(due["validate"] and recipe.validate_every > 0, due["sample"] and recipe.sample_every > 0)
+                window_start += time.monotonic() - paused
+            if interrupted and not last:
+                return "interrupted"
+        if saved_at != self.step or latest_checkpoint(self.run_dir) is None:
+            self._save()
+        return "finished"
+
+    def _loader(self) -> DataLoader:
+        recipe = self.recipe
+        batches = StepBatches(
+            self.source,
+            recipe.batch_size,
+            recipe.gradient_accumulation,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        accumulation = recipe.gradient_accumulation
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=Forwards(self.step * accumulation, recipe.steps * accumulation),
+            num_workers=recipe.workers,
+            prefetch_factor=4 if recipe.workers else None,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
+        )
+
+    def _optimizer_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor]:
+        """One step over all accumulation passes; sums of the scalars, for this process."""
+        recipe = self.recipe
+        factor = lr_factor(recipe.schedule, self.step, recipe.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.optimizer.lr * factor
+        scalars: dict[str, Tensor] = {}
+        for number in range(recipe.gradient_accumulation):
+            batch = prepare_batch(next(batches), self)
+            seed_everything(recipe.seed, self.step, number, self.accelerator.process_index)
+            with self.accelerator.accumulate(self.objective):
+                found = self.objective(batch)
+                self.accelerator.backward(found["loss"])
+                for name, value in found.items():
+                    share = value.detach().float() / recipe.gradient_accumulation
+                    scalars[name] = scalars[name] + share if name in scalars else share
+                if self.accelerator.sync_gradients and recipe.max_grad_norm:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+                    scalars["grad_norm"] = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return scalars
+
+    def _averages(self, window: dict[str, Tensor], steps: int) -> dict[str, float]:
+        """Means over the window and over the processes; refuses to go on from a loss that is no number."""
+        names = list(window)
+        sums = torch.stack([window[name] for name in names])
+        means = self.accelerator.reduce(sums, reduction="mean") / steps
+        figures = dict(zip(names, means.tolist(), strict=True))
+        if not math.isfinite(figures["loss"]):
+            raise InvalidOutputError(
+                f"the loss is {figures['loss']} at step {self.step}; the newest checkpoint is older and whole. "
+                "Try a lower optimizer.lr, a longer schedule.warmup_steps, a max_grad_norm, or precision no"
+            )
+        return figures
+
+    def _write(self, figures: dict[str, float]) -> None:
+        self.figures = {**self.figures, **figures}
+        if self.log is not None:
+            self.log.write(self.step, figures)
+
+    def _watch(self, validate: bool, sample: bool) -> None:
+        """Held-out figures and picture grids with the averaged weights (main process)."""
+        if self.main and self.monitor is not None and self.log is not None:
+            self.model.eval()
+            seed_everything(self.recipe.seed, self.step)
+            with self.ema.applied(self.model) if self.ema is not None else nullcontext():
+                if validate:
+                    self._write(self.monitor.validate(self.model))
+                if sample:
+                    for name, picture in self.monitor.sample(self.model, self.recipe.seed).items():
+                        with atomic_path(self.run_dir / "samples" / f"{name}-{self.step:08d}.png") as path:
+                            Image.fromarray(picture).save(path)
+                        self.log.image(self.step, name, picture)
+            self.model.train()
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------------------------------ interruption
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """Within the block, a first Ctrl-C or SIGTERM asks for a checkpoint and an end; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._interrupted = False
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            signal.signal(number, previous[number])
+
+        for number in previous:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _agree_on_interrupt(self) -> bool:
+        """Whether any process was interrupted: all must stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self._interrupted
+        flag = torch.tensor([float(self._interrupted)], device=self.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+
+def load_helper(name: str, device: torch.device) -> Any:
+    """A frozen network from `vistok.load`."""
+    from vistok import hub
+
+    return hub.load(name).to(device).eval().requires_grad_(False)
+
+
+def load_text_encoder(name: str, device: torch.device) -> Any:
+    """The frozen text encoder of a recipe."""
+    from vistok.generators.text import TextEncoder
+
+    return TextEncoder.from_pretrained(name).to(device)
+
+
+def check_vocabulary(recipe: Recipe, model: VistokModel, tokenizer: Any) -> None:
+    """A generator and its tokenizer must speak of the same codebook.
+
+    Raises:
+        InvalidInputError: their sizes differ.
+    """
+    have = getattr(getattr(tokenizer, "config", None), "codebook_size", None)
+    want = getattr(model.config, "vocab_size", None)
+    if have is not None and want is not None and have != want:
+        raise InvalidInputError(
+            f"model.config.vocab_size is {want}, but the tokenizer {recipe.tokenizer!r} has {have} codes"
+        )
+
+
+def prepare_batch(batch: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """A source's batch as the network takes it: on the device, images as floats, images tokenized, captions encoded.
+
+    Args:
+        batch: see `sources.Source`.
+        trainer: whose networks and device.
+    """
+    ready = {
+        name: value.to(trainer.device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    if "images" in ready:
+        images = ready["images"].float() / 127.5 - 1
+        if trainer.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if trainer.tokenizer is None:
+            ready["images"] = images
+        else:
+            del ready["images"]
+            with torch.no_grad():
+                ready["ids"] = trainer.tokenizer.encode(images).ids
+    if "captions" in ready:
+        texts = ready.pop("captions")
+        if trainer.text_encoder is not None:
+            with torch.no_grad():
+                condition = trainer.text_encoder(texts)
+            ready["text_features"], ready["text_mask"] = condition.features, condition.mask
+    return ready
+
+
+def open_monitor(trainer: Trainer) -> Monitor | None:
+    """The monitor that suits the network, or None."""
+    if hasattr(trainer.model, "decode"):
+        return TokenizerMonitor(trainer.recipe, trainer.model, trainer.source, trainer.device)
+    if hasattr(trainer.model, "sample") and trainer.tokenizer is not None:
+        return GeneratorMonitor(trainer.recipe, trainer.tokenizer, trainer.text_encoder, trainer.device)
+    return None
