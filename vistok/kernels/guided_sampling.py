@@ -78,18 +78,25 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         logits: `[..., V]`; not changed.
         top_k: keep the k largest, and those equal to the k-th; 0 or >= V keeps all.
         top_p: keep the best tokens until their cumulative probability exceeds this, that token included, hence always
-            the best one; of equal logits the lower index comes first; 1 keeps all.
+            the best one; 1 keeps all. Where the edge runs through equal logits, `torch.sort` decides which stay, as in
+            the published sampler.
 
     Raises:
         InvalidInputError: if `top_k` is negative or `top_p` outside [0, 1].
+
+    Source: LlamaGen (arXiv 2406.06525), its sampler.
     """
     _check_filters(top_k, top_p)
-    vocabulary = logits.shape[-1]
-    if 0 < top_k < vocabulary:
+    return _filter(logits, top_k, top_p, stable=False)
+
+
+def _filter(logits: Tensor, top_k: int, top_p: float, stable: bool) -> Tensor:
+    """`filter_logits`; `stable` puts the lower index first among equals, an order that every backend can reproduce."""
+    if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
-        values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+        values, order = torch.sort(logits, dim=-1, descending=True, stable=stable)
         cumulative = values.softmax(dim=-1).cumsum(dim=-1)
         beyond = torch.zeros_like(cumulative, dtype=torch.bool)
         beyond[..., 1:] = cumulative[..., :-1] > top_p  # shifted by one: the token that crosses the line stays
@@ -178,7 +185,7 @@ def reference(
     valid = logits.amax(dim=1).isfinite()
     if noise is None:
         return torch.where(valid, logits.argmax(dim=1), -1)
-    probs = filter_logits(logits / temperature, top_k, top_p).softmax(dim=1)
+    probs = _filter(logits / temperature, top_k, top_p, stable=True).softmax(dim=1)
     race = probs / noise.clamp_min(_TINY)
     valid &= ~race.amax(dim=1).isnan()
     return torch.where(valid, race.argmax(dim=1), -1)

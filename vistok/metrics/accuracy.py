@@ -22,7 +22,7 @@ __all__ = ["Accuracy", "caption_accuracy", "class_accuracy", "oracle_agreement",
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share. Unlike the normal approximation it stays inside [0, 1] and is right near both.
+    """Wilson's score interval (1927) of a share: inside [0, 1], and right near both ends where the normal one fails.
 
     Args:
         correct: hits, 0 <= correct <= total.
@@ -34,7 +34,8 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     """
     if not (0 <= correct <= total and total >= 1 and 0 < confidence < 1):
         raise InvalidInputError(
-            f"expected 0 <= correct <= total, total >= 1 and a confidence in (0, 1); got {correct}, {total}, {confidence}"
+            "expected 0 <= correct <= total, total >= 1 and a confidence in (0, 1); "
+            f"got {correct}, {total}, {confidence}"
         )
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = correct / total
@@ -127,8 +128,8 @@ def caption_accuracy(images: Tensor | Sequence[Reading], captions: Sequence[str]
         captions: one each, in the lab world's grammar.
 
     Returns:
-        `caption`: everything said holds, with no object missing or extra; `objects`: as many objects as said, all of the
-        said shapes and colours; `relation`: the said relation holds (of the captions that say one); `count`.
+        `caption`: everything said holds, with no object missing or extra; `objects`: the same without sizes and shades
+        (number, shapes, colours, relation); `relation`: the relation holds (of the captions that say one); `count`.
 
     Raises:
         InvalidInputError: for differing lengths or captions outside the grammar.
@@ -139,7 +140,8 @@ def caption_accuracy(images: Tensor | Sequence[Reading], captions: Sequence[str]
     return {
         "caption": Accuracy.of(match.satisfied for match in matches),
         "objects": Accuracy.of(
-            match.count and match.shape in (None, 1.0) and match.colour in (None, 1.0) for match in matches
+            match.count and match.shape == 1.0 and match.colour in (None, 1.0) and match.relation is not False
+            for match in matches
         ),
         "relation": Accuracy.of(bool(match.relation) for match in matches if match.relation is not None),
         "count": Accuracy.of(match.count for match in matches),
@@ -172,8 +174,8 @@ def oracle_agreement(originals: Tensor | Sequence[Reading], others: Tensor | Seq
         others: the same of the other version.
 
     Returns:
-        Shares of objects: `object` (shape and colour agree), `shape`, `colour`; and `scene`, the share of pictures whose
-        objects all agree.
+        Shares of objects: `object` (shape and colour agree), `shape`, `colour`; and `scene`, the share of pictures
+        whose objects all agree.
 
     Raises:
         InvalidInputError: for differing lengths.

@@ -238,3 +238,167 @@ def evaluate_tokenizer(
     }
     report["seconds"] = time.perf_counter() - started
     return report
+
+
+# ---------------------------------------------------------------------------------------------------------- generators
+SAMPLER_DEFAULTS = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def describe_sampling(sampling: Mapping[str, Any]) -> str:
+    """Sampler settings in one line, for printing beside a distance."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sampling.items()) or "the model's defaults"
+
+
+def sample_images(
+    pipeline: Any,
+    requests: Sequence[int] | Sequence[str],
+    *,
+    seed: int = 0,
+    batch_size: int = 50,
+    sampling: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    what: str = "sampling",
+    on_images: Pictures | None = None,
+) -> Tensor:
+    """One picture for each request. Picture i draws from a generator seeded by `seed` and i alone, whatever the batch.
+
+    Args:
+        pipeline: generation pipeline.
+        requests: classes (numbers) or captions.
+        seed: of the draws.
+        batch_size: pictures a batch.
+        sampling: arguments of the pipeline's call (`guidance_scale`, `temperature`, `top_k`, `top_p`).
+        on_progress, on_images: called after each batch; `what` names it.
+
+    Returns:
+        float32 [B, 3, H, W] in [-1, 1].
+    """
+    parts = []
+    for chunk in _chunks(len(requests), batch_size):
+        asked = list(requests[chunk])
+        draws = [torch.Generator().manual_seed(seed * 2**32 + number) for number in range(chunk.start, chunk.stop)]
+        wanted: dict[str, Any] = {"prompt": asked} if isinstance(asked[0], str) else {"class_labels": asked}
+        images = pipeline(**wanted, generator=draws, output_type="pt", **(sampling or {})).images
+        parts.append(images.float().cpu() * 2 - 1)
+        if on_images is not None:
+            on_images(what, parts[-1])
+        if on_progress is not None:
+            on_progress(what, chunk.stop, len(requests))
+    return torch.cat(parts)
+
+
+def _distances(
+    samples: Tensor,
+    reference: Sequence[Scene],
+    baseline: Sequence[Scene],
+    pipeline: Any,
+    extractor: str | nn.Module,
+    what: str,
+    sampler: str,
+) -> dict[str, Any]:
+    """Frechet distances of samples, of other real scenes, and of these after the tokenizer, to one reference."""
+    size = samples.shape[-1]
+    distance = FrechetDistance(extractor, reference=f"held-out scenes, {what}, {size}x{size}")
+    distance.add_reference(held_out_images(reference, size))
+    real = held_out_images(baseline, size)
+    tokenizer = pipeline.tokenizer
+    results = {}
+    for name, images in (("fid", samples), ("fid_of_real_scenes", real), ("fid_of_the_tokenizer", None)):
+        if images is None:
+            with torch.no_grad():
+                coded = [tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))) for part in real.split(50)]
+            images = torch.cat([part.float().cpu() for part in coded])
+        distance.reset_samples()
+        distance.add_samples(images)
+        how = {"fid": sampler, "fid_of_real_scenes": "renderer", "fid_of_the_tokenizer": "encode, decode"}[name]
+        results[name] = distance.compute(sampler=how).to_dict()
+    return results
+
+
+def evaluate_generator(
+    pipeline: Any,
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+    sampling: Mapping[str, Any] | None = None,
+    extractor: str | nn.Module | None = LAB_EXTRACTOR,
+    batch_size: int = 50,
+    on_progress: Progress | None = None,
+    on_images: Pictures | None = None,
+) -> dict[str, Any]:
+    """Judge whether a generator of lab scenes shows what it is asked for, and how near its pictures are to real scenes.
+
+    A class-conditional generator is asked for every class in turn. A text-conditional one gets captions of held-out
+    scenes: of one object, and of two objects with their relation.
+
+    Args:
+        pipeline: generation pipeline of the lab world.
+        num_samples: pictures of each kind of request, at least 2.
+        seed: of the draws.
+        sampling: settings of the sampler; None takes the checkpoint's own.
+        extractor: for the Frechet distances (see `FrechetDistance`); None leaves them out.
+        batch_size: pictures a batch.
+        on_progress: called with what is done, images done, images in all.
+        on_images: called with `"class"`, `"one object"` or `"two objects"` and each batch of pictures.
+
+    Returns:
+        For each kind of request (`class`; or `one_object` and `two_objects`) the shares of `class_accuracy` or
+        `caption_accuracy`, `fid` of the samples, `fid_of_real_scenes` (other real scenes: the least that this many
+        samples can reach) and `fid_of_the_tokenizer` (these encoded and decoded); `settings`; `seconds`.
+
+    Raises:
+        InvalidInputError: if the generator is no generator of lab scenes.
+    """
+    if num_samples < 2:
+        raise InvalidInputError(f"num_samples must be at least 2, got {num_samples}")
+    started = time.perf_counter()
+    settings = sampler_settings(pipeline, sampling)
+    sampler = describe_sampling({**settings, "seed": seed})
+    report: dict[str, Any] = {"kind": "generator"}
+    for kind, requests in _requests(pipeline, num_samples).items():
+        title = kind.replace("_", " ")
+        images = sample_images(
+            pipeline,
+            requests,
+            seed=seed,
+            batch_size=batch_size,
+            sampling=settings,
+            on_progress=on_progress,
+            what=title,
+            on_images=on_images,
+        )
+        readings = _read(images, on_progress, f"reading {title}")
+        shares = class_accuracy(readings, requests) if kind == "class" else caption_accuracy(readings, requests)
+        report[kind] = {name: share.to_dict() for name, share in shares.items()}
+        if extractor is not None:
+            count = 2 if kind == "two_objects" else 1
+            what = f"{count} object{'s' if count > 1 else ''}"
+            reference, baseline = (
+                [sample_scene(stream, index, count, **_fixed(kind, index)) for index in range(num_samples)]
+                for stream in (REFERENCE_SEED, BASELINE_SEED)
+            )
+            report[kind].update(_distances(images, reference, baseline, pipeline, extractor, what, sampler))
+    report["settings"] = {"num_samples": num_samples, "seed": seed, "caption_seed": HELD_OUT_SEED, **settings}
+    report["seconds"] = time.perf_counter() - started
+    return report
+
+
+def _requests(pipeline: Any, count: int) -> dict[str, list[int] | list[str]]:
+    """What to ask of a generator, by kind."""
+    config = pipeline.generator.config
+    if config.caption_dim is not None:
+        return {"one_object": single_captions(count), "two_objects": relation_captions(count)}
+    if config.num_classes != len(CLASS_NAMES):
+        raise InvalidInputError(
+            f"this generator knows {config.num_classes} classes, but the lab world has {len(CLASS_NAMES)}: the oracle can "
+            "judge generators trained on lab scenes only"
+        )
+    return {"class": class_requests(count)}
+
+
+def _fixed(kind: str, index: int) -> dict[str, str]:
+    """What a reference scene must show: the classes in turn, as asked of the generator."""
+    if kind != "class":
+        return {}
+    colour, shape = CLASS_NAMES[index % len(CLASS_NAMES)].split()
+    return {"colour": colour, "shape": shape}

@@ -1,7 +1,7 @@
 """A small network whose penultimate features measure distances between sets of lab scenes (FID in the lab world).
 
-Inception's features know photographs, need a download and say little about coloured shapes. This network reads what a lab
-scene holds (shape, colour, size, shade and position of each object, and their number), so features that agree in
+Inception's features know photographs, need a download and say little about coloured shapes. This network reads what a
+lab scene holds (shape, colour, size, shade and position of each object, and their number), so features that agree in
 distribution mean scenes that agree in what they show. It is trained by `recipes/features-shapes.yaml`, ships as
 `features-shapes` and is an ordinary extractor for `vistok.metrics.FrechetDistance`.
 
@@ -33,8 +33,8 @@ def scene_targets(scenes: Sequence[Scene]) -> Tensor:
     """What the network should read in each scene.
 
     Returns:
-        float32 [B, S, 6]: numbers of shape, colour, size and shade in their lists, then x and y of the centre as fractions
-        of the side. Objects are ordered from left to right; empty slots hold -1.
+        float32 [B, S, 6]: numbers of shape, colour, size and shade in their lists, then x and y of the centre as
+        fractions of the side. Objects are ordered from left to right; empty slots hold -1.
     """
     targets = torch.full((len(scenes), SLOTS, 6), -1.0)
     for row, scene in enumerate(scenes):
@@ -65,7 +65,7 @@ class ShapesFeatures(VistokModel):
     """Reads lab scenes; `forward` gives the penultimate features.
 
     Args:
-        base_channels: width after the first convolution; later levels have twice and four times as many. Divisible by 8.
+        base_channels: width after the first convolution, a multiple of 8; later levels have two and four times as many.
         num_features: D, size of the features.
         image_size: side in pixels that the network works at; a multiple of 16. Other sizes are resized.
     """
@@ -156,8 +156,8 @@ class ShapesFeatures(VistokModel):
             generator: unused, the objective draws nothing.
 
         Returns:
-            `loss`; one term each for `shape`, `colour`, `size`, `shade`, `position` and `count`; `accuracy`, the share of
-            images whose every shape and colour is read rightly.
+            `loss`; one term each for `shape`, `colour`, `size`, `shade`, `position` and `count`; `accuracy`, the share
+            of images whose every shape and colour is read rightly.
         """
         targets = batch["objects"].to(self.device)
         seen = self.read(batch["images"])

@@ -8,7 +8,8 @@ Shape letters: B images, C channels, H, W pixels of the feature map, N = H * W.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "Upsample",
     "group_norm",
     "merge_attention_keys",
+    "run_tiled",
     "split_attention_keys",
 ]
 
@@ -119,7 +121,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.blocks = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
+        self.blocks = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attentions = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_blocks if attention else 0))
         self.resample = resample
 
@@ -256,6 +258,49 @@ class ConvDecoder(_Stack):
         for level in self.levels:
             h = self.run(level.stages(), h)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def run_tiled(
+    run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, factor: int, *, enlarge: bool
+) -> Tensor:
+    """Apply `run` to overlapping square tiles of x [B, C, H, W] and blend the results.
+
+    Args:
+        run: enlarges or shrinks both sides by `factor`.
+        x: input.
+        tile: side of a tile in pixels of x.
+        overlap: pixels of x that neighbours share.
+        factor: ratio of sides.
+        enlarge: whether `run` enlarges.
+    """
+
+    def starts(length: int) -> list[int]:
+        if length <= tile:
+            return [0]
+        return [*range(0, length - tile, tile - overlap), length - tile]
+
+    def scaled(length: int) -> int:
+        return length * factor if enlarge else length // factor
+
+    def ramp(length: int) -> Tensor:
+        position = torch.arange(length, device=x.device, dtype=torch.float32)
+        return torch.minimum(position, length - 1 - position).add(1).clamp(max=scaled(overlap) + 1)
+
+    height, width = x.shape[-2:]
+    total: Tensor | None = None
+    weights = torch.zeros(scaled(height), scaled(width), device=x.device)
+    for top in starts(height):
+        for left in starts(width):
+            part = run(x[..., top : top + tile, left : left + tile])
+            weight = ramp(part.shape[-2])[:, None] * ramp(part.shape[-1])
+            if total is None:
+                total = torch.zeros(*part.shape[:2], *weights.shape, device=x.device)
+            y, z = scaled(top), scaled(left)
+            total[..., y : y + part.shape[-2], z : z + part.shape[-1]] += part * weight
+            weights[y : y + part.shape[-2], z : z + part.shape[-1]] += weight
+            dtype = part.dtype
+    assert total is not None
+    return (total / weights).to(dtype)
 
 
 def merge_attention_keys(state: Mapping[str, Any]) -> dict[str, Any]:

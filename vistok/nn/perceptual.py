@@ -1,8 +1,8 @@
 """LPIPS: how different two images look, from the features of VGG16 (Zhang et al., arXiv 1801.03924).
 
-The weights are not ours to ship. `LPIPS.from_files` reads the published ones (the trunk as torchvision publishes it, the
-linear heads as the `lpips` package ships them, or one file with both); a random `LPIPS()` runs everywhere and serves
-tests. Any module that maps two images to [B, 1, 1, 1] can take its place in a training loss.
+The weights are not ours to ship. `LPIPS.from_files` reads the published ones (the trunk as torchvision publishes it,
+the linear heads as torchmetrics ships them, or one file with both); a random `LPIPS()` runs everywhere, for tests. Any
+module that maps two batches of images to [B, 1, 1, 1] can take its place in a training loss.
 
 Shape letters: B images, C channels, H, W pixels.
 """
@@ -96,7 +96,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Distance of two batches of images [B, 3, H, W] in [-1, 1]; H, W >= 16. Returns [B, 1, 1, 1], 0 for equal ones.
+        """Distances [B, 1, 1, 1] of two batches of images [B, 3, H, W] in [-1, 1] with H, W >= 16.
 
         Raises:
             InvalidInputError: if the shapes differ or do not suit.
@@ -125,7 +125,9 @@ class LPIPS(nn.Module):
         slice_of = {str(index): number for number, indices in enumerate(SLICES, start=1) for index in indices}
         renamed = {}
         for key, value in state.items():
-            if key.startswith(("scaling_layer.", "lins.", "classifier.")):  # constants, and duplicates of the lpips package
+            if key.startswith(
+                ("scaling_layer.", "lins.", "classifier.")
+            ):  # constants, and duplicates of the lpips package
                 continue
             match = re.fullmatch(r"features\.(\d+)\.(weight|bias)", key)
             if match and match[1] in slice_of:
@@ -142,11 +144,11 @@ class LPIPS(nn.Module):
     def from_files(cls, *paths: str | os.PathLike[str]) -> LPIPS:
         """Load weights from one file, or from trunk and heads in two (for example torchvision's `vgg16-397923af.pth`).
 
-        If no file holds the heads, those of the installed `lpips` package are taken.
+        If no file holds the heads, those that the installed torchmetrics ships are taken.
 
         Raises:
             CheckpointError: unreadable or unsuitable files.
-            MissingExtraError: no file holds the heads, and `lpips` is not installed.
+            MissingExtraError: no file holds the heads, and torchmetrics is not installed.
         """
         if not paths:
             raise InvalidInputError("from_files needs at least one file; a random LPIPS is LPIPS()")
@@ -154,14 +156,14 @@ class LPIPS(nn.Module):
         for path in paths:
             state.update(read_state_dict(path))
         if not any(key.startswith("lin") for key in state):
-            state.update(read_state_dict(_heads_of_package()))
+            state.update(read_state_dict(_shipped_heads()))
         return cls.from_official(state)
 
 
-def _heads_of_package() -> Path:
-    # The module is located, not imported: importing it pulls in plotting and evaluation code.
-    spec = importlib.util.find_spec("lpips")
-    if spec is None or not spec.submodule_search_locations:
-        require("lpips", "eval")
-        raise CheckpointError("the installed lpips package has no folder of weights")
-    return Path(next(iter(spec.submodule_search_locations))) / "weights" / "v0.1" / "vgg.pth"
+def _shipped_heads() -> Path:
+    # The package is located, not imported: importing it takes seconds.
+    spec = importlib.util.find_spec("torchmetrics")
+    if spec is None or spec.origin is None:
+        require("torchmetrics", "eval")
+        raise CheckpointError("the installed torchmetrics has no folder")
+    return Path(spec.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"

@@ -108,5 +108,5 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1] as uint8 [B, H, W, 3]: trunc(clamp(127.5 x + 128, 0, 255)), the published evaluation's."""
+    """[B, 3, H, W] in [-1, 1] as uint8 [B, H, W, 3]: the published trunc(clamp(127.5 x + 128, 0, 255))."""
     return torch.clamp(127.5 * images.detach().float() + 128.0, 0.0, 255.0).permute(0, 2, 3, 1).to(torch.uint8)

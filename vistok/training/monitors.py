@@ -8,14 +8,17 @@ Shape letters: B images, H rows and W columns of pixels, N tokens an image.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.metrics.accuracy import caption_accuracy, class_accuracy
 from vistok.metrics.reconstruction import psnr
 from vistok.nn.model import VistokModel
+from vistok.nn.text import TextCondition
 
 from .recipe import Recipe, ShapesImagesRecipe, ShapesTokensRecipe
 from .sources import HELD_OUT_STREAM, Source, image_batch, load_photographs
@@ -23,8 +26,10 @@ from .sources import HELD_OUT_STREAM, Source, image_batch, load_photographs
 __all__ = ["GeneratorMonitor", "Monitor", "TokenizerMonitor", "picture_grid"]
 
 HELD_OUT_SCENES = 256
+EVALUATION_BATCH = 64
 PHOTO_SIDE = 256
 SHOWN = 16
+SAMPLED = 64
 
 
 class Monitor(Protocol):
@@ -34,8 +39,8 @@ class Monitor(Protocol):
         """Figures on held-out data."""
         ...
 
-    def sample(self, model: VistokModel, seed: int) -> dict[str, np.ndarray]:
-        """Named picture grids, uint8 [H, W, 3]."""
+    def sample(self, model: VistokModel, seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Named picture grids, uint8 [H, W, 3], and figures read from them."""
         ...
 
 
@@ -66,7 +71,7 @@ class TokenizerMonitor:
     """
 
     def __init__(self, recipe: Recipe, model: VistokModel, source: Source, device: torch.device) -> None:
-        self.device, self.model_batch = device, 64
+        self.device = device
         self.photographs: dict[str, Tensor] = {}
         self.codebook_size: int | None = getattr(model.config, "codebook_size", None)
         data = recipe.data
@@ -80,7 +85,7 @@ class TokenizerMonitor:
             for name, image in load_photographs(data.held_out_photos).items():
                 self.photographs[name] = image_batch([np.asarray(centre_crop(image, multiple))])
         else:
-            found = source.batch(np.arange(min(HELD_OUT_SCENES, 64), dtype=np.int64))["images"]
+            found = source.batch(np.arange(EVALUATION_BATCH, dtype=np.int64))["images"]
             self.images = found.float() / 127.5 - 1
 
     def _reconstruct(self, model: VistokModel, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +95,7 @@ class TokenizerMonitor:
 
     def validate(self, model: VistokModel) -> dict[str, float]:
         """`val/psnr` in dB, `val/codebook_usage` as a fraction, and `val/psnr_<photograph>`."""
-        pairs = [self._reconstruct(model, part) for part in self.images.split(self.model_batch)]
+        pairs = [self._reconstruct(model, part) for part in self.images.split(EVALUATION_BATCH)]
         figures = {"val/psnr": psnr(torch.cat([pair[0] for pair in pairs]), self.images).mean().item()}
         used: set[int] = set()
         for _, ids in pairs:
@@ -103,26 +108,93 @@ class TokenizerMonitor:
             figures["val/codebook_usage"] = len(used) / self.codebook_size
         return figures
 
-    def sample(self, model: VistokModel, seed: int) -> dict[str, np.ndarray]:
+    def sample(self, model: VistokModel, seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Originals above their reconstructions, and each held-out photograph beside its own."""
         shown = self.images[:SHOWN]
         pictures = {"reconstructions": picture_grid(torch.cat([shown, self._reconstruct(model, shown)[0]]), SHOWN)}
         for name, photograph in self.photographs.items():
             pictures[name] = picture_grid(torch.cat([photograph, self._reconstruct(model, photograph)[0]]), 2)
-        return pictures
+        return pictures, {}
 
 
 class GeneratorMonitor:
-    """Loss on held-out lab scenes, and pictures sampled for fixed conditions, judged by the oracle."""
+    """Loss on held-out lab scenes, and pictures sampled for fixed conditions, judged by the oracle.
+
+    Generators of users' own data are only sampled: for their first classes, or for captions of the first samples.
+
+    Args:
+        recipe: of the training.
+        model: the generator.
+        tokenizer: decodes its tokens.
+        encode_captions: captions to a `TextCondition`; None for class-conditional generators.
+        source: training data, for the captions of users' own data.
+        device: where the networks are.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
+        model: VistokModel,
         tokenizer: Any,
-        text_encoder: Any,
-        held_out: Source | None,
-        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+        encode_captions: Callable[[Sequence[str]], TextCondition] | None,
+        source: Source,
         device: torch.device,
     ) -> None:
-        self.recipe, self.tokenizer, self.text_encoder = recipe, tokenizer, text_encoder
-        self.held_out, self.prepare, self.device = held_out, prepare, device
+        self.settings, self.tokenizer, self.encode_captions = asdict(recipe.sampling), tokenizer, encode_captions
+        self.device = device
+        self.held_out: list[dict[str, Any]] = []
+        self.labels: list[int] = []
+        self.captions: list[str] = []
+        self.in_the_lab = isinstance(recipe.data, ShapesTokensRecipe)
+        if isinstance(recipe.data, ShapesTokensRecipe):
+            self._draw_held_out(recipe.data, recipe.seed + HELD_OUT_STREAM)
+        elif encode_captions is not None:
+            self.captions = source.batch(np.arange(SAMPLED, dtype=np.int64)).get("captions", [])
+        else:
+            self.labels = list(range(min(SAMPLED, int(model.config.num_classes))))
+
+    def _draw_held_out(self, data: ShapesTokensRecipe, stream: int) -> None:
+        from vistok.data.shapes import CLASS_NAMES, caption, render, sample_scene
+
+        scenes = [sample_scene(stream, number, data.objects) for number in range(HELD_OUT_SCENES)]
+        texts = [caption(scene) for scene in scenes]
+        for first in range(0, len(scenes), EVALUATION_BATCH):
+            part = scenes[first : first + EVALUATION_BATCH]
+            images = image_batch([render(scene, data.image_size) for scene in part]).to(self.device)
+            batch: dict[str, Any] = {"ids": self.tokenizer.encode(images).ids}
+            if self.encode_captions is None:
+                batch["labels"] = torch.tensor([scene.label for scene in part], device=self.device)
+            else:
+                condition = self.encode_captions(texts[first : first + EVALUATION_BATCH])
+                batch["text_features"], batch["text_mask"] = condition.features, condition.mask
+            self.held_out.append(batch)
+        if self.encode_captions is None:
+            self.labels = list(range(len(CLASS_NAMES)))
+        else:
+            self.captions = texts[:SAMPLED]
+
+    def validate(self, model: VistokModel) -> dict[str, float]:
+        """`val/loss` in nats a token, where there are held-out scenes."""
+        if not self.held_out:
+            return {}
+        with torch.no_grad():
+            losses = [(model.training_loss(batch)["loss"].item(), len(batch["ids"])) for batch in self.held_out]
+        return {"val/loss": sum(loss * size for loss, size in losses) / sum(size for _, size in losses)}
+
+    def sample(self, model: VistokModel, seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """One picture a condition, and the share of them that show what was asked."""
+        generator: Any = model
+        condition: Tensor | TextCondition
+        if self.encode_captions is None:
+            condition = torch.tensor(self.labels, device=self.device)
+        else:
+            condition = self.encode_captions(self.captions)
+        draws = torch.Generator(self.device).manual_seed(seed)
+        with torch.no_grad():
+            tokens = generator.generate(condition, generator=draws, **self.settings)
+            images = self.tokenizer.decode(tokens).float().cpu()
+        figures: dict[str, float] = {}
+        if self.in_the_lab:
+            shares = caption_accuracy(images, self.captions) if self.captions else class_accuracy(images, self.labels)
+            figures = {f"samples/{name}": share.value for name, share in shares.items() if share.total}
+        return {"samples": picture_grid(images, 8)}, figures

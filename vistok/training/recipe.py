@@ -107,14 +107,14 @@ class ShapesTokensRecipe:
 
 @dataclass(frozen=True)
 class FolderRecipe:
-    """A folder of images; sub-folders are classes, and `name.txt` beside an image is its caption.
+    """A folder of images with classes or captions (see `vistok.data.folders.ImageFolder`).
 
     Attributes:
         path: the folder.
         image_size: side of a training crop in pixels.
         flip: mirror half of the samples.
-        crop_ratio: images are resized so that their short side is image_size times a number in 1..crop_ratio, then cropped
-            at random.
+        crop_ratio: images are resized so that their short side is image_size times a number in 1..crop_ratio, then
+            cropped at random.
     """
 
     source: Literal["folder"]
@@ -126,7 +126,7 @@ class FolderRecipe:
 
 @dataclass(frozen=True)
 class ShardsRecipe:
-    """WebDataset tar shards with an image, and optionally a caption (`.txt`) or class (`.cls`), a sample.
+    """webdataset shards with classes or captions (see `vistok.data.shards.ShardDataset`), read at random positions.
 
     Attributes:
         pattern: shard files, with brace or glob notation: `data/{000..127}.tar`.
@@ -180,14 +180,16 @@ class DiscriminatorRecipe:
         start_step: reconstruction alone before that.
         weight: of the adversarial term.
         adaptive_weight: scale it by the ratio of the gradients at the decoder's last layer.
-        perceptual_weight: of the perceptual term; 0 uses none (LPIPS weights are not shipped).
+        perceptual_weight: of the perceptual term.
+        perceptual_weights: files for `vistok.nn.perceptual.LPIPS.from_files`; none leaves the term out.
         lr, betas: of the second optimiser.
     """
 
     start_step: int = number(20000, 0)
     weight: float = number(0.5, 0.0, 100.0)
     adaptive_weight: bool = False
-    perceptual_weight: float = number(0.0, 0.0, 100.0)
+    perceptual_weight: float = number(1.0, 0.0, 100.0)
+    perceptual_weights: tuple[str, ...] = ()
     lr: float = number(1e-4, 0.0, 10.0)
     betas: tuple[float, float] = number((0.9, 0.95), 0.0, 1.0)
 

@@ -1,7 +1,7 @@
 """Training data: every sample is a function of (seed, its number), so any step of any run can be drawn again.
 
-A source answers `batch(numbers)`: sample numbers in, a dictionary of stacked tensors and lists out. Numbers run on for ever;
-sources with a finite set shuffle it anew each epoch. Images stay uint8 until they are on the training device.
+A source answers `batch(numbers)`: sample numbers in, a dictionary of stacked tensors and lists out. Numbers run on for
+ever; sources with a finite set shuffle it anew each epoch. Images stay uint8 until they are on the training device.
 
 Shape letters: B samples, H rows and W columns of pixels, N tokens an image.
 """
@@ -9,8 +9,9 @@ Shape letters: B samples, H rows and W columns of pixels, N tokens an image.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +30,10 @@ from .recipe import FolderRecipe, Recipe, ShapesImagesRecipe, ShapesTokensRecipe
 
 __all__ = [
     "PHOTOGRAPHS",
+    "FolderImages",
     "ShapesImages",
     "ShapesTokens",
+    "ShardImages",
     "Source",
     "StepBatches",
     "load_photographs",
@@ -56,6 +59,7 @@ PHOTOGRAPHS = (
     "retina",
     "rocket",
 )
+IMAGE_KEYS = ("png", "jpg", "jpeg", "webp")
 # Streams of lab scenes that training never draws from.
 HELD_OUT_STREAM = 2**40
 # Each scene has several wordings, one an epoch, from full descriptions to bare ones.
@@ -287,7 +291,7 @@ def encode_scenes(
 ) -> Path:
     """Encode the scenes of a recipe once.
 
-    The folder's name depends on the scenes and on the tokenizer's weights, so that a changed tokenizer never meets old ids.
+    The folder's name depends on scenes and tokenizer weights, so that a changed tokenizer never meets old ids.
 
     Args:
         recipe: which scenes.
@@ -299,7 +303,8 @@ def encode_scenes(
         on_progress: called with (scenes done, scenes).
 
     Returns:
-        Folder with `ids.npy` int32 [scenes, N], `labels.npy` int64 [scenes] (class of the first object) and `captions.json` (lists of wordings).
+        Folder with `ids.npy` int32 [scenes, N], `labels.npy` int64 [scenes] (class of the first object) and
+        `captions.json` (lists of wordings).
     """
     from vistok.data.shapes import caption, render, sample_scene
 
@@ -329,6 +334,122 @@ def encode_scenes(
     return folder
 
 
+class RandomCrops:
+    """Random crops whose side is the picture's short side divided by 1..`crop_ratio`, half of them mirrored."""
+
+    def __init__(self, image_size: int, crop_ratio: float, flip: bool) -> None:
+        self.image_size, self.crop_ratio, self.flip = image_size, crop_ratio, flip
+
+    def draw(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        """One crop, uint8 [H, W, 3]."""
+        side = min(image.size) / (1 + (self.crop_ratio - 1) * rng.random())
+        left, top = rng.random() * (image.width - side), rng.random() * (image.height - side)
+        size = (self.image_size, self.image_size)
+        crop = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        pixels = np.asarray(crop)
+        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels
+
+
+def _as_it_is(image: Image.Image) -> Any:
+    return image
+
+
+class FolderImages:
+    """Random crops of a folder's images with their classes or captions (see `FolderRecipe`)."""
+
+    def __init__(self, recipe: FolderRecipe, seed: int) -> None:
+        from vistok.data.folders import ImageFolder
+
+        self.folder = ImageFolder(recipe.path, recipe.image_size, transform=_as_it_is)
+        self.crops = RandomCrops(recipe.image_size, recipe.crop_ratio, recipe.flip)
+        self.order, self.seed = Epochs(len(self.folder), seed), seed
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, or nothing."""
+        return self.folder.class_names
+
+    def batch(self, numbers: np.ndarray) -> dict[str, Any]:
+        """`images` uint8 [B, 3, H, W], and `labels` or `captions` where the folder has them."""
+        items = [self.folder[index] for index in self.order(numbers).tolist()]
+        return _crop_batch(items, numbers, self.crops, self.seed)
+
+
+class ShardImages:
+    """Random crops from tar shards, read at any position through an index of the members (see `ShardsRecipe`).
+
+    A sample that cannot be read becomes a grey picture with `valid` 0, which the generators' losses leave out.
+    """
+
+    def __init__(self, recipe: ShardsRecipe, seed: int) -> None:
+        from vistok.data.shards import ShardDataset
+
+        self.dataset = ShardDataset(recipe.pattern, recipe.image_size, transform=_as_it_is)
+        self.crops = RandomCrops(recipe.image_size, recipe.crop_ratio, recipe.flip)
+        # Of each sample: its shard, and where in it each of its files lies.
+        self.samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+        for shard in self.dataset.shards:
+            self.samples += [(shard, files) for files in _tar_index(shard)]
+        if not self.samples:
+            raise InvalidInputError(
+                f"{recipe.pattern} holds no images; expected files ending in {', '.join(IMAGE_KEYS)}"
+            )
+        self.order, self.seed = Epochs(len(self.samples), seed), seed
+
+    def batch(self, numbers: np.ndarray) -> dict[str, Any]:
+        """`images` uint8 [B, 3, H, W], `valid` float [B], and `labels` or `captions` where the shards have them."""
+        items = [self._read(*self.samples[index]) for index in self.order(numbers).tolist()]
+        found = _crop_batch(items, numbers, self.crops, self.seed)
+        found["valid"] = torch.tensor([item["valid"] for item in items])
+        return found
+
+    def _read(self, shard: str, files: dict[str, tuple[int, int]]) -> dict[str, Any]:
+        parts = {}
+        with open(shard, "rb") as file:
+            for suffix, (start, size) in files.items():
+                file.seek(start)
+                parts[suffix] = file.read(size)
+        item: dict[str, Any] = {"valid": 1.0}
+        try:
+            if "cls" in parts:
+                item["label"] = int(parts["cls"])
+            if "txt" in parts:
+                item["caption"] = parts["txt"].decode()
+            picture = next(parts[suffix] for suffix in IMAGE_KEYS if suffix in parts)
+            item["image"] = open_image(Image.open(io.BytesIO(picture)))
+        except (InvalidInputError, OSError, ValueError, SyntaxError):
+            side = self.crops.image_size
+            item = {"label": 0, "caption": "", **item, "valid": 0.0, "image": Image.new("RGB", (side, side), "grey")}
+        return item
+
+
+def _tar_index(shard: str) -> list[dict[str, tuple[int, int]]]:
+    """Samples of a tar file that hold an image: suffix -> (offset, bytes) of each of their files."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    samples.setdefault(f"{folder}/{stem}", {})[suffix.lower()] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise InvalidInputError(f"{shard} cannot be read as an uncompressed tar file: {error}") from error
+    return [files for files in samples.values() if any(suffix in files for suffix in IMAGE_KEYS)]
+
+
+def _crop_batch(items: list[dict[str, Any]], numbers: np.ndarray, crops: RandomCrops, seed: int) -> dict[str, Any]:
+    pictures = []
+    for item, number in zip(items, numbers.tolist(), strict=True):
+        pictures.append(crops.draw(item["image"], np.random.default_rng((seed, number))))
+    found: dict[str, Any] = {"images": torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()}
+    if all("label" in item for item in items):
+        found["labels"] = torch.tensor([item["label"] for item in items])
+    if all("caption" in item for item in items):
+        found["captions"] = [item["caption"] for item in items]
+    return found
+
+
 def open_source(
     recipe: Recipe,
     *,
@@ -352,4 +473,6 @@ def open_source(
     if isinstance(data, ShapesTokensRecipe):
         folder = encode_scenes(data, tokenizer, recipe.seed, cache, device=device, on_progress=on_progress)
         return ShapesTokens(folder, data, recipe.seed)
-    raise InvalidInputError(f"no source {data}")
+    if isinstance(data, FolderRecipe):
+        return FolderImages(data, recipe.seed)
+    return ShardImages(data, recipe.seed)

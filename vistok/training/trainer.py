@@ -1,7 +1,7 @@
 """One trainer for every system, on Accelerate: mixed precision, accumulation, several processes, EMA, exact resume.
 
-Every draw is a function of (seed, step): data order, dropout and sampling are reseeded for each forward pass, so a run that
-was killed continues bit for bit on the CPU, and a picture grid in between changes nothing.
+Every draw is a function of (seed, step): data order, dropout and sampling are reseeded for each forward pass, so a run
+that was killed continues bit for bit on the CPU, and a picture grid in between changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,10 @@ from torch.utils.data import DataLoader
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
 from vistok.files import atomic_path, read_state_dict, write_text_atomic
 from vistok.nn.model import VistokModel
+from vistok.nn.text import TextCondition
 from vistok.registry import system_class
 
+from .adversarial import AdversarialObjective, Judge, make_loss
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from .ema import EMA
 from .logs import MetricsLog, ProgressBar
@@ -131,7 +133,9 @@ def read_weights(source: str) -> dict[str, Tensor]:
     for file in candidates:
         if file.is_file():
             return read_state_dict(file)
-    raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(file.name for file in candidates[:3])}")
+    raise CheckpointError(
+        f"{folder} holds no weights; expected one of {', '.join(file.name for file in candidates[:3])}"
+    )
 
 
 def load_matching(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
@@ -155,7 +159,7 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
             report.append(f"{name}: not in the checkpoint, starts at random")
         elif name not in fitting:
             report.append(
-                f"{name}: the checkpoint has {list(weights[name].shape)} instead of {list(value.shape)}, starts at random"
+                f"{name}: {list(weights[name].shape)} in the checkpoint, not {list(value.shape)}, starts at random"
             )
     report += [f"{name}: in the checkpoint only, unused" for name in weights if name not in own]
     model.load_state_dict(fitting, strict=False)
@@ -235,7 +239,10 @@ class Trainer:
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.tokenizer = None if recipe.tokenizer is None else load_helper(recipe.tokenizer, self.device)
-        self.text_encoder = None if recipe.text_encoder is None else load_text_encoder(recipe.text_encoder, self.device)
+        self.encode_captions = None
+        if recipe.text_encoder is not None:
+            length = int(getattr(self.model.config, "num_condition_tokens", 1))
+            self.encode_captions = load_text_encoder(recipe.text_encoder, length, self.device)
         check_vocabulary(recipe, self.model, self.tokenizer)
         self.source = self._open_source()
         settings = recipe.optimizer
@@ -246,9 +253,18 @@ class Trainer:
             eps=settings.eps,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
+        self.judge: Any = None
+        if recipe.discriminator is None:
+            self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
+        else:
+            loss = make_loss(recipe.discriminator).to(self.device)
+            self.objective, self.optimizer = self.accelerator.prepare(AdversarialObjective(self.model, loss), optimizer)
+            judge = Judge(loss)
+            self.discriminator = judge.discriminator
+            adam = torch.optim.Adam(judge.parameters(), lr=recipe.discriminator.lr, betas=recipe.discriminator.betas)
+            self.judge, self.judge_optimizer = self.accelerator.prepare(judge, adam)
         self.ema = EMA(self.model, recipe.ema_decay) if recipe.ema_decay and self.main else None
-        self.monitor = open_monitor(self) if self.main else None
+        self.monitor = self._monitor() if self.main else None
         self.step = 0
 
     def _open_source(self) -> Source:
@@ -267,12 +283,23 @@ class Trainer:
             on_progress=on_progress,
         )
 
+    def _monitor(self) -> Monitor | None:
+        """The monitor that suits the network; None for helper networks."""
+        model = self.model
+        if hasattr(model, "decode"):
+            return TokenizerMonitor(self.recipe, model, self.source, self.device)
+        if hasattr(model, "generate") and self.tokenizer is not None:
+            return GeneratorMonitor(self.recipe, model, self.tokenizer, self.encode_captions, self.source, self.device)
+        return None
+
     def _claim_folder(self, resume: bool) -> None:
         """Check that the run folder is new or belongs to this recipe; write the recipe into it."""
         path = self.run_dir / "recipe.yaml"
         if path.is_file():
             if not resume:
-                raise InvalidInputError(f"{self.run_dir} already holds a run; resume it or choose another output folder")
+                raise InvalidInputError(
+                    f"{self.run_dir} already holds a run; resume it or choose another output folder"
+                )
             differences = recipe_differences(load_recipe(path), self.recipe)
             if differences:
                 raise InvalidInputError(
@@ -294,6 +321,9 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
+            if self.judge is not None:
+                extra["discriminator"] = self.discriminator.state_dict()
+                extra["discriminator_optimizer"] = self.judge_optimizer.state_dict()
             checkpoint = Checkpoint(
                 step=self.step,
                 model=dict(self.model.state_dict()),
@@ -314,6 +344,9 @@ class Trainer:
         try:
             self.model.load_state_dict(saved.model, strict=True)
             self.optimizer.load_state_dict(saved.extra["optimizer"])
+            if self.judge is not None:
+                self.discriminator.load_state_dict(saved.extra["discriminator"])
+                self.judge_optimizer.load_state_dict(saved.extra["discriminator_optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit this recipe's network: {error}") from error
         if self.accelerator.scaler is not None and saved.extra.get("scaler") is not None:
@@ -367,7 +400,7 @@ class Trainer:
             last = self.step == recipe.steps
             interrupted = self._agree_on_interrupt()
             due = {
-                name: last or bool(every and self.step % every == 0)
+                name: every > 0 and (last or self.step % every == 0)
                 for name, every in (
                     ("log", recipe.log_every),
                     ("checkpoint", recipe.checkpoint_every),
@@ -387,9 +420,9 @@ class Trainer:
             if due["checkpoint"] or interrupted:
                 self._save()
                 saved_at = self.step
-            if due["validate"] and recipe.validate_every or due["sample"] and recipe.sample_every:
+            if due["validate"] or due["sample"]:
                 paused = time.monotonic()
-                self._watch(due["validate"] and recipe.validate_every > 0, due["sample"] and recipe.sample_every > 0)
+                self._watch(due["validate"], due["sample"])
                 window_start += time.monotonic() - paused
             if interrupted and not last:
                 return "interrupted"
@@ -418,27 +451,66 @@ class Trainer:
         )
 
     def _optimizer_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor]:
-        """One step over all accumulation passes; sums of the scalars, for this process."""
+        """One step over all accumulation passes; means of the scalars, for this process."""
         recipe = self.recipe
         factor = lr_factor(recipe.schedule, self.step, recipe.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * factor
         scalars: dict[str, Tensor] = {}
         for number in range(recipe.gradient_accumulation):
-            batch = prepare_batch(next(batches), self)
+            batch = self.prepare(next(batches))
             seed_everything(recipe.seed, self.step, number, self.accelerator.process_index)
-            with self.accelerator.accumulate(self.objective):
+            trained = [self.objective] if self.judge is None else [self.objective, self.judge]
+            with self.accelerator.accumulate(*trained):
                 found = self.objective(batch)
+                sample = found.pop("sample", None)
                 self.accelerator.backward(found["loss"])
-                for name, value in found.items():
-                    share = value.detach().float() / recipe.gradient_accumulation
-                    scalars[name] = scalars[name] + share if name in scalars else share
                 if self.accelerator.sync_gradients and recipe.max_grad_norm:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
                     scalars["grad_norm"] = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+                if self.judge is not None:
+                    found |= self._judge_turn(batch["images"], sample)
+            for name, value in found.items():
+                share = value.detach().float() / recipe.gradient_accumulation
+                scalars[name] = scalars[name] + share if name in scalars else share
         return scalars
+
+    def _judge_turn(self, images: Tensor, sample: Tensor) -> dict[str, Tensor]:
+        """The discriminator's part of a forward pass (within `accumulate`)."""
+        found = self.judge(images, sample, self.step)
+        self.accelerator.backward(found["loss"])
+        if self.accelerator.sync_gradients and self.recipe.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.discriminator.parameters(), self.recipe.max_grad_norm)
+        self.judge_optimizer.step()
+        self.judge_optimizer.zero_grad()
+        return {f"discriminator_{name}": value for name, value in found.items()}
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A source's batch as the network takes it: on the device, images as floats or tokenized, captions encoded."""
+        ready = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        ready["step"] = self.step
+        if "images" in ready:
+            images = ready["images"].float() / 127.5 - 1
+            if self.recipe.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            if self.tokenizer is None:
+                ready["images"] = images
+            else:
+                del ready["images"]
+                with torch.no_grad():
+                    ready["ids"] = self.tokenizer.encode(images).ids
+        if self.encode_captions is not None:
+            if "captions" not in ready:
+                raise InvalidInputError("the recipe has a text_encoder, but its data has no captions")
+            condition = self.encode_captions(ready["captions"])
+            ready["text_features"], ready["text_mask"] = condition.features, condition.mask
+        ready.pop("captions", None)
+        return ready
 
     def _averages(self, window: dict[str, Tensor], steps: int) -> dict[str, float]:
         """Means over the window and over the processes; refuses to go on from a loss that is no number."""
@@ -467,7 +539,10 @@ class Trainer:
                 if validate:
                     self._write(self.monitor.validate(self.model))
                 if sample:
-                    for name, picture in self.monitor.sample(self.model, self.recipe.seed).items():
+                    pictures, figures = self.monitor.sample(self.model, self.recipe.seed)
+                    if figures:
+                        self._write(figures)
+                    for name, picture in pictures.items():
                         with atomic_path(self.run_dir / "samples" / f"{name}-{self.step:08d}.png") as path:
                             Image.fromarray(picture).save(path)
                         self.log.image(self.step, name, picture)
@@ -511,11 +586,23 @@ def load_helper(name: str, device: torch.device) -> Any:
     return hub.load(name).to(device).eval().requires_grad_(False)
 
 
-def load_text_encoder(name: str, device: torch.device) -> Any:
-    """The frozen text encoder of a recipe."""
+def load_text_encoder(name: str, num_tokens: int, device: torch.device) -> Callable[[Sequence[str]], TextCondition]:
+    """The frozen text encoder of a recipe, as captions -> features.
+
+    Args:
+        name: shipped name, folder or Hub id.
+        num_tokens: length that captions are padded to.
+        device: where it runs.
+    """
     from vistok.generators.text import TextEncoder
 
-    return TextEncoder.from_pretrained(name).to(device)
+    encoder = TextEncoder.from_pretrained(name).to(device)
+
+    def encode(captions: Sequence[str]) -> TextCondition:
+        with torch.no_grad():
+            return encoder(list(captions), num_tokens=num_tokens)
+
+    return encode
 
 
 def check_vocabulary(recipe: Recipe, model: VistokModel, tokenizer: Any) -> None:
@@ -530,42 +617,3 @@ def check_vocabulary(recipe: Recipe, model: VistokModel, tokenizer: Any) -> None
         raise InvalidInputError(
             f"model.config.vocab_size is {want}, but the tokenizer {recipe.tokenizer!r} has {have} codes"
         )
-
-
-def prepare_batch(batch: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """A source's batch as the network takes it: on the device, images as floats, images tokenized, captions encoded.
-
-    Args:
-        batch: see `sources.Source`.
-        trainer: whose networks and device.
-    """
-    ready = {
-        name: value.to(trainer.device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-    if "images" in ready:
-        images = ready["images"].float() / 127.5 - 1
-        if trainer.recipe.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if trainer.tokenizer is None:
-            ready["images"] = images
-        else:
-            del ready["images"]
-            with torch.no_grad():
-                ready["ids"] = trainer.tokenizer.encode(images).ids
-    if "captions" in ready:
-        texts = ready.pop("captions")
-        if trainer.text_encoder is not None:
-            with torch.no_grad():
-                condition = trainer.text_encoder(texts)
-            ready["text_features"], ready["text_mask"] = condition.features, condition.mask
-    return ready
-
-
-def open_monitor(trainer: Trainer) -> Monitor | None:
-    """The monitor that suits the network, or None."""
-    if hasattr(trainer.model, "decode"):
-        return TokenizerMonitor(trainer.recipe, trainer.model, trainer.source, trainer.device)
-    if hasattr(trainer.model, "sample") and trainer.tokenizer is not None:
-        return GeneratorMonitor(trainer.recipe, trainer.tokenizer, trainer.text_encoder, trainer.device)
-    return None

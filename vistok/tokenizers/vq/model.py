@@ -4,8 +4,8 @@ Paper: "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generatio
 VQGAN (arXiv 2012.09841) and ViT-VQGAN's normalised, low-dimensional codes (arXiv 2110.04627).
 Origin of the weights: FoundationVision/LlamaGen (MIT). PAR, NAR, RandAR and others generate for the same tokenizer.
 
-Top to bottom: the quantiser; the model with its objective, inference and report; the table of official names; the loss
-of adversarial training.
+Top to bottom: configuration and network; objective; inference; pictures; report; the authors' files. The quantiser, the
+tables of official names and the adversarial loss are the neighbours of this file.
 
 Shape letters: B images, H, W pixels, f downsampling factor, h = H / f, w = W / f, N = h * w tokens an image,
 C code dimension, K codes, Z channels of the auto-encoder's bottleneck.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,190 +28,17 @@ from torch import Tensor, nn
 
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
 from vistok.files import open_image, read_state_dict
-from vistok.nn.conv import ConvDecoder, ConvEncoder, merge_attention_keys, split_attention_keys
+from vistok.kernels.nearest_code import nearest_code
+from vistok.nn.conv import ConvDecoder, ConvEncoder, merge_attention_keys, run_tiled, split_attention_keys
 from vistok.nn.model import VistokModel
 from vistok.registry import Published
+from vistok.tokenizers.transforms import center_crop, to_tensor, to_uint8
 from vistok.tokens import VisualTokens
 
-from .transforms import center_crop, to_tensor, to_uint8
+from .names import OFFICIAL_ARGUMENTS, OFFICIAL_PRESETS, OFFICIAL_TO_OURS, OURS_TO_OFFICIAL, VQ8, VQ16
+from .quantizer import CodebookReport, QuantizerOutput, VectorQuantizer
 
-__all__ = ["CodebookReport", "QuantizerOutput", "VQLoss", "VQModel", "VQModelOutput", "VectorQuantizer"]
-
-EMPTY = -1  # a slot of the usage queue that no token has reached yet
-ENTROPY_TEMPERATURE = 0.01
-ENTROPY_EPS = 1e-5
-
-
-# ----------------------------------------------------------------------------------------------------------- quantiser
-
-
-@dataclass
-class QuantizerOutput:
-    """What the quantiser returns. The losses and the usage are None outside training.
-
-    Attributes:
-        quantized: [B, C, h, w] chosen codes; gradients pass straight through to the input.
-        ids: int64 [B, N] in raster order.
-        codebook_loss: mean squared distance that pulls the codes towards the encoder.
-        commitment_loss: the same pulling the encoder towards the codes, times `commitment_weight`.
-        entropy_loss: sample entropy minus entropy of the average assignment, times `entropy_weight`.
-        usage: part of the codebook among the most recent `usage_window` tokens, in [0, 1].
-    """
-
-    quantized: Tensor
-    ids: Tensor
-    codebook_loss: Tensor | None = None
-    commitment_loss: Tensor | None = None
-    entropy_loss: Tensor | None = None
-    usage: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        """Sum of the three losses."""
-        if self.codebook_loss is None or self.commitment_loss is None or self.entropy_loss is None:
-            raise InvalidInputError("the quantiser computes losses in training mode only; call model.train() first")
-        return self.codebook_loss + self.commitment_loss + self.entropy_loss
-
-
-def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    scores = torch.addmm(codebook.square().sum(1).mul_(-0.5), x, codebook.t())
-    return scores.argmax(1)
-
-
-class VectorQuantizer(nn.Module):
-    """Replace every vector by the nearest of K codes. Always in float32: half precision flips indices.
-
-    Args:
-        codebook_size: K.
-        codebook_dim: C.
-        commitment_weight: weight of the commitment loss.
-        entropy_weight: weight of the entropy loss; 0 leaves it out.
-        l2_normalize: compare unit vectors, and return unit vectors.
-        usage_window: length of the queue of recent ids that usage is computed from; 0 for none.
-        revive_dead_codes: in training, replace the codes that are absent from the queue each time that the queue has
-            been renewed. A revived code becomes one of the current batch's encoder outputs, drawn with a probability
-            in proportion to its squared quantisation error. Keeps small codebooks in use.
-    """
-
-    def __init__(
-        self,
-        codebook_size: int,
-        codebook_dim: int,
-        *,
-        commitment_weight: float = 0.25,
-        entropy_weight: float = 0.0,
-        l2_normalize: bool = True,
-        usage_window: int = 65536,
-        revive_dead_codes: bool = False,
-    ) -> None:
-        super().__init__()
-        if revive_dead_codes and not usage_window:
-            raise InvalidInputError("revive_dead_codes needs a usage_window > 0 to know which codes are dead")
-        self.commitment_weight = commitment_weight
-        self.entropy_weight = entropy_weight
-        self.l2_normalize = l2_normalize
-        self.revive_dead_codes = revive_dead_codes
-        codebook = torch.empty(codebook_size, codebook_dim).uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
-        self.codebook = nn.Parameter(F.normalize(codebook, dim=-1) if l2_normalize else codebook)
-        self.usage_queue: Tensor | None
-        # Integers, so that casting the model to bf16 leaves them exact.
-        self.register_buffer("usage_queue", torch.full((usage_window,), EMPTY, dtype=torch.int32) if usage_window else None)
-        if revive_dead_codes:
-            self.register_buffer("tokens_since_revival", torch.zeros((), dtype=torch.int64))
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes, K."""
-        return self.codebook.shape[0]
-
-    def codes(self) -> Tensor:
-        """The table that is compared with and decoded from: float32 [K, C], unit rows if `l2_normalize`."""
-        table = self.codebook.float()
-        return F.normalize(table, dim=-1) if self.l2_normalize else table
-
-    def forward(self, z: Tensor, *, generator: torch.Generator | None = None) -> QuantizerOutput:
-        """Quantise a feature map.
-
-        Args:
-            z: [B, C, h, w].
-            generator: source of the draws of `revive_dead_codes`.
-        """
-        with torch.autocast(z.device.type, enabled=False):
-            return self._quantize(z.float(), generator)
-
-    def _quantize(self, z: Tensor, generator: torch.Generator | None) -> QuantizerOutput:
-        batch, dim, rows, cols = z.shape
-        vectors = z.permute(0, 2, 3, 1).reshape(-1, dim)
-        if self.l2_normalize:
-            vectors = F.normalize(vectors, dim=-1)
-        if self.training and self.revive_dead_codes:
-            self._revive(vectors.detach(), generator)
-        with torch.no_grad():
-            ids = _nearest(vectors, self.codes())
-        chosen = F.embedding(ids, self.codebook.float())
-        if self.l2_normalize:  # normalising the chosen rows alone has the same value and gradient as the whole table
-            chosen = F.normalize(chosen, dim=-1)
-        quantized = vectors + (chosen - vectors).detach()
-        output = QuantizerOutput(
-            quantized.unflatten(0, (batch, rows, cols)).permute(0, 3, 1, 2), ids.view(batch, rows * cols)
-        )
-        if self.training:
-            output.codebook_loss = F.mse_loss(chosen, vectors.detach())
-            output.commitment_loss = self.commitment_weight * F.mse_loss(vectors, chosen.detach())
-            output.entropy_loss = self._entropy_loss(vectors) if self.entropy_weight else vectors.new_zeros(())
-            output.usage = self._record(ids)
-        return output
-
-    def _entropy_loss(self, vectors: Tensor) -> Tensor:
-        """Sample entropy minus entropy of the average, of softmax(-distance / 0.01) over the codes."""
-        codes = self.codes()
-        distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2.0 * vectors @ codes.t()
-        logits = distance / -ENTROPY_TEMPERATURE
-        probabilities = logits.softmax(-1)
-        sample = -(probabilities * (logits + ENTROPY_EPS).log_softmax(-1)).sum(-1).mean()
-        average = probabilities.mean(0)
-        return self.entropy_weight * (sample + (average * (average + ENTROPY_EPS).log()).sum())
-
-    @torch.no_grad()
-    def _record(self, ids: Tensor) -> Tensor | None:
-        """Append ids to the queue, dropping the oldest, and return the usage."""
-        queue = self.usage_queue
-        if queue is None:
-            return None
-        new = ids[-queue.numel() :].to(queue.dtype)
-        kept = queue[new.numel() :].clone()
-        queue[: kept.numel()] = kept
-        queue[kept.numel() :] = new
-        if self.revive_dead_codes:
-            self.tokens_since_revival += ids.numel()
-        return self._used().float().mean()
-
-    def _used(self) -> Tensor:
-        """bool [K]: the codes in the queue."""
-        assert self.usage_queue is not None
-        seen = torch.zeros(self.codebook_size + 1, dtype=torch.bool, device=self.usage_queue.device)
-        seen[self.usage_queue.long() - EMPTY] = True  # slot 0 takes the empty entries: no filtering, no device sync
-        return seen[1:]
-
-    @torch.no_grad()
-    def _revive(self, vectors: Tensor, generator: torch.Generator | None) -> None:
-        assert self.usage_queue is not None
-        if int(self.tokens_since_revival) < self.usage_queue.numel():
-            return
-        self.tokens_since_revival.zero_()
-        dead = (~self._used()).nonzero().flatten()
-        if dead.numel():
-            codes = self.codes()
-            error = (vectors - codes[_nearest(vectors, codes)]).square().sum(1) + 1e-12
-            count = min(dead.numel(), vectors.shape[0])
-            source = generator.device if generator is not None else error.device
-            drawn = torch.multinomial(error.to(source), count, generator=generator).to(error.device)
-            self.codebook[dead[:count]] = vectors[drawn].to(self.codebook.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(self.codebook, 0)  # the draws differ between processes; the codebook must not
-
-
-# --------------------------------------------------------------------------------------------------------------- model
+__all__ = ["VQModel", "VQModelOutput"]
 
 
 @dataclass
@@ -228,52 +55,18 @@ class VQModelOutput:
 
 
 @dataclass(frozen=True)
-class CodebookReport:
-    """How a codebook is used by a set of tokens.
+class _Tables:
+    """Tables of inference, and which weights they were made of (held, so that no other tensor takes their address)."""
 
-    Attributes:
-        counts: int64 [K] occurrences of each code.
-        num_tokens: tokens counted.
-    """
-
-    counts: Tensor
-    num_tokens: int
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes, K."""
-        return self.counts.numel()
-
-    @property
-    def dead_codes(self) -> Tensor:
-        """int64 indices of the codes that never occur."""
-        return (self.counts == 0).nonzero().flatten()
-
-    @property
-    def usage(self) -> float:
-        """Part of the codes that occur, in [0, 1]."""
-        return float((self.counts > 0).float().mean())
-
-    @property
-    def entropy(self) -> float:
-        """Entropy of the code distribution in bits; at most log2(K)."""
-        p = self.counts.double() / max(self.num_tokens, 1)
-        return float(-torch.special.xlogy(p, p).sum() / math.log(2.0))
-
-    @property
-    def perplexity(self) -> float:
-        """2^entropy: the size of an evenly used codebook with the same entropy."""
-        return 2.0**self.entropy
-
-    def __str__(self) -> str:
-        return (
-            f"codebook {self.codebook_size}: usage {self.usage:.1%} ({self.dead_codes.numel()} dead), "
-            f"perplexity {self.perplexity:.1f}, entropy {self.entropy:.2f} of {math.log2(self.codebook_size):.2f} bits, "
-            f"{self.num_tokens} tokens"
-        )
+    stamp: list[tuple[Any, ...]]
+    codes: Tensor
+    features: Tensor
+    sources: list[Tensor]
 
 
-def _published(name: str, hub_id: str, hub_file: str, multipliers: tuple[int, ...], size: int, parameters: int) -> Published:
+def _published(
+    name: str, hub_id: str, hub_file: str, multipliers: tuple[int, ...], size: int, parameters: int
+) -> Published:
     factor = 2 ** (len(multipliers) - 1)
     return Published(
         name=name,
@@ -290,10 +83,6 @@ def _published(name: str, hub_id: str, hub_file: str, multipliers: tuple[int, ..
         preprocessing="ADM centre crop, RGB scaled to [-1, 1]",
         parameters=parameters,
     )
-
-
-VQ16 = (1, 1, 2, 2, 4)
-VQ8 = (1, 2, 2, 4)
 
 
 class VQModel(VistokModel):
@@ -355,7 +144,9 @@ class VQModel(VistokModel):
     ) -> None:
         super().__init__()
         if base_channels % 32:
-            raise InvalidInputError(f"base_channels must be a multiple of 32 (group normalisation); got {base_channels}")
+            raise InvalidInputError(
+                f"base_channels must be a multiple of 32 (group normalisation); got {base_channels}"
+            )
         if len(encoder_channel_multipliers) != len(decoder_channel_multipliers):
             raise InvalidInputError(
                 f"encoder and decoder need the same number of levels; got {list(encoder_channel_multipliers)} and "
@@ -396,7 +187,7 @@ class VQModel(VistokModel):
         )
         self.tile_size: int | None = None
         self.tile_overlap = 0
-        self._tables: tuple[Any, Tensor, Tensor] | None = None
+        self._tables: _Tables | None = None
 
     @classmethod
     def tiny(cls, **overrides: Any) -> VQModel:
@@ -422,6 +213,11 @@ class VQModel(VistokModel):
     def codebook_size(self) -> int:
         """Number of codes, K."""
         return self.quantizer.codebook_size
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution, where `VQLoss` balances gradients."""
+        return self.decoder.conv_out.weight
 
     # ---- objective
 
@@ -480,11 +276,12 @@ class VQModel(VistokModel):
 
         Raises:
             InvalidInputError: wrong shape, channels, size, type or range; NaN or infinite pixels.
+            InvalidOutputError: if the encoder produces NaNs.
         """
         self._check_images(images)
         factor = self.downsample_factor
         if self.tile_size is not None and max(images.shape[-2:]) > self.tile_size:
-            z = _tiled(self.encode_features, images, self.tile_size, self.tile_overlap, factor, enlarge=False)
+            z = run_tiled(self.encode_features, images, self.tile_size, self.tile_overlap, factor, enlarge=False)
         else:
             z = self.encode_features(images)
         batch, dim, rows, cols = z.shape
@@ -492,7 +289,9 @@ class VQModel(VistokModel):
             vectors = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
             if self.config.l2_normalize:
                 vectors = F.normalize(vectors, dim=-1)
-            ids = _nearest(vectors, self._inference_tables()[0])
+            ids = nearest_code(vectors, self._inference_tables()[0])
+        if ids.numel() and int(ids.min()) < 0:
+            raise InvalidOutputError("the encoder produced NaN or infinite features: check the model's weights")
         return VisualTokens(ids=ids.view(batch, rows * cols), grid=(rows, cols))
 
     def decode(self, tokens: VisualTokens, *, generator: torch.Generator | None = None) -> Tensor:
@@ -526,22 +325,25 @@ class VQModel(VistokModel):
         tile = None if self.tile_size is None else self.tile_size // self.downsample_factor
         if tile is not None and max(rows, cols) > tile:
             overlap = self.tile_overlap // self.downsample_factor
-            return _tiled(self.decoder, features, tile, overlap, self.downsample_factor, enlarge=True)
+            return run_tiled(self.decoder, features, tile, overlap, self.downsample_factor, enlarge=True)
         return self.decoder(features)
 
     def _inference_tables(self) -> tuple[Tensor, Tensor]:
-        """(codes float32 [K, C], codes after `post_quant_conv` [K, Z] in the model's type), kept until weights change."""
+        """(codes float32 [K, C], codes after `post_quant_conv` [K, Z] in the model's type).
+
+        Without gradients both are kept until a weight changes.
+        """
         sources = (self.quantizer.codebook, self.post_quant_conv.weight, self.post_quant_conv.bias)
-        cacheable = not torch.is_grad_enabled() and not any(source.is_inference() for source in sources)
-        stamp = [(source.data_ptr(), source._version, source.dtype, source.device) for source in sources] if cacheable else None
-        if stamp is not None and self._tables is not None and self._tables[0] == stamp:
-            return self._tables[1], self._tables[2]
+        cacheable = not (torch.is_grad_enabled() or any(source.is_inference() for source in sources))
+        stamp = [(source.data_ptr(), source._version, source.dtype, source.device) for source in sources if cacheable]
+        if self._tables is not None and self._tables.stamp == stamp:
+            return self._tables.codes, self._tables.features
         codes = self.quantizer.codes()
         with torch.autocast(codes.device.type, enabled=False):
-            features = F.linear(codes, self.post_quant_conv.weight.float().flatten(1), self.post_quant_conv.bias.float())
-        features = features.to(self.dtype)
-        if stamp is not None:
-            self._tables = (stamp, codes, features)
+            weight, bias = self.post_quant_conv.weight.float(), self.post_quant_conv.bias.float()
+            features = F.linear(codes, weight.flatten(1), bias).to(self.dtype)
+        if cacheable:
+            self._tables = _Tables(stamp, codes, features, [source.detach() for source in sources])
         return codes, features
 
     def enable_tiling(self, tile_size: int = 512, overlap: int = 64) -> None:
@@ -574,9 +376,8 @@ class VQModel(VistokModel):
             raise InvalidInputError(f"images must be floating point in [-1, 1]; got {images.dtype}: use preprocess()")
         height, width = images.shape[-2:]
         if height % factor or width % factor or not height or not width:
-            low, high = [max(side // factor, 1) * factor for side in (height, width)], [
-                -(-max(side, 1) // factor) * factor for side in (height, width)
-            ]
+            low = [max(side // factor, 1) * factor for side in (height, width)]
+            high = [max(-(-side // factor), 1) * factor for side in (height, width)]
             raise InvalidInputError(
                 f"height and width must be divisible by {factor}; got {height}x{width}: the nearest valid sizes are "
                 f"{low[0]}x{low[1]} and {high[0]}x{high[1]} (preprocess() crops; reconstruct() takes any size)"
@@ -624,7 +425,8 @@ class VQModel(VistokModel):
             height, width = (side // factor * factor for side in sizes[0])
             if not height or not width:
                 raise InvalidInputError(
-                    f"the image has {sizes[0][0]}x{sizes[0][1]} pixels; at least {factor}x{factor} are needed: give size="
+                    f"the image has {sizes[0][0]}x{sizes[0][1]} pixels; at least {factor}x{factor} are needed: "
+                    "give size="
                 )
             left, top = (sizes[0][1] - width) // 2, (sizes[0][0] - height) // 2
             pictures = [picture.crop((left, top, left + width, top + height)) for picture in pictures]
@@ -733,7 +535,9 @@ class VQModel(VistokModel):
             return super().from_official(source, config)
         content = source if isinstance(source, Mapping) else read_state_dict(source)
         if not isinstance(content.get(weights), Mapping):
-            raise CheckpointError(f"the checkpoint has no {weights!r} weights; top-level keys: {', '.join(map(str, content))}")
+            raise CheckpointError(
+                f"the checkpoint has no {weights!r} weights; top-level keys: {', '.join(map(str, content))}"
+            )
         return super().from_official(content[weights], config)
 
     @classmethod
@@ -794,81 +598,3 @@ class VQModel(VistokModel):
         if any(key.startswith("main.") for key in unexpected):
             return "This is a PatchGAN discriminator."
         return None
-
-
-OFFICIAL_PRESETS = {"VQ-16": VQ16, "VQ-8": VQ8}
-OFFICIAL_ARGUMENTS = {
-    "ch": "base_channels",
-    "encoder_ch_mult": "encoder_channel_multipliers",
-    "decoder_ch_mult": "decoder_channel_multipliers",
-    "codebook_embed_dim": "codebook_dim",
-    "codebook_l2_norm": "l2_normalize",
-    "commit_loss_beta": "commitment_weight",
-    "entropy_loss_ratio": "entropy_weight",
-    "dropout_p": "dropout",
-}
-OFFICIAL_TO_OURS = (
-    (r"^(encoder|decoder)\.conv_blocks\.(\d+)\.res\.", r"\1.levels.\2.blocks."),
-    (r"^(encoder|decoder)\.conv_blocks\.(\d+)\.attn\.", r"\1.levels.\2.attentions."),
-    (r"^encoder\.conv_blocks\.(\d+)\.downsample\.", r"encoder.levels.\1.resample."),
-    (r"^decoder\.conv_blocks\.(\d+)\.upsample\.", r"decoder.levels.\1.resample."),
-    (r"^(encoder|decoder)\.mid\.", r"\1.middle."),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.proj_out\.", ".proj."),
-    (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
-    (r"^quantize\.codebook_used$", "quantizer.usage_queue"),
-)
-OURS_TO_OFFICIAL = (
-    (r"^(encoder|decoder)\.levels\.(\d+)\.blocks\.", r"\1.conv_blocks.\2.res."),
-    (r"^(encoder|decoder)\.levels\.(\d+)\.attentions\.", r"\1.conv_blocks.\2.attn."),
-    (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.conv_blocks.\1.downsample."),
-    (r"^decoder\.levels\.(\d+)\.resample\.", r"decoder.conv_blocks.\1.upsample."),
-    (r"^(encoder|decoder)\.middle\.", r"\1.mid."),
-    (r"\.shortcut\.", ".nin_shortcut."),
-    (r"\.proj\.", ".proj_out."),
-    (r"^quantizer\.codebook$", "quantize.embedding.weight"),
-    (r"^quantizer\.usage_queue$", "quantize.codebook_used"),
-)
-
-
-def _tiled(
-    run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, factor: int, *, enlarge: bool
-) -> Tensor:
-    """Apply `run` to overlapping square tiles of x [B, C, H, W] and blend the results.
-
-    Args:
-        run: enlarges or shrinks both sides by `factor`.
-        x: input.
-        tile: side of a tile in pixels of x.
-        overlap: pixels of x that neighbours share.
-        factor: ratio of sides.
-        enlarge: whether `run` enlarges.
-    """
-
-    def starts(length: int) -> list[int]:
-        if length <= tile:
-            return [0]
-        return [*range(0, length - tile, tile - overlap), length - tile]
-
-    def scaled(length: int) -> int:
-        return length * factor if enlarge else length // factor
-
-    def ramp(length: int) -> Tensor:
-        position = torch.arange(length, device=x.device, dtype=torch.float32)
-        return torch.minimum(position, length - 1 - position).add(1).clamp(max=scaled(overlap) + 1)
-
-    height, width = x.shape[-2:]
-    total: Tensor | None = None
-    weights = torch.zeros(scaled(height), scaled(width), device=x.device)
-    for top in starts(height):
-        for left in starts(width):
-            part = run(x[..., top : top + tile, left : left + tile])
-            weight = ramp(part.shape[-2])[:, None] * ramp(part.shape[-1])
-            if total is None:
-                total = torch.zeros(*part.shape[:2], *weights.shape, device=x.device)
-            y, z = scaled(top), scaled(left)
-            total[..., y : y + part.shape[-2], z : z + part.shape[-1]] += part * weight
-            weights[y : y + part.shape[-2], z : z + part.shape[-1]] += weight
-            dtype = part.dtype
-    assert total is not None
-    return (total / weights).to(dtype)

@@ -1,0 +1,426 @@
+"""The Llama-like network that LlamaGen and NAR share: conditions, token embedding, blocks, official files.
+
+Source: Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv 2406.06525), section 2.
+Letters: B images, T condition tokens, N image tokens, L = T + N positions, D channels, V entries of the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from vistok.errors import InvalidInputError
+from vistok.nn import sampling
+from vistok.nn.cache import KVCache
+from vistok.nn.model import VistokModel
+from vistok.nn.norms import RMSNorm
+from vistok.nn.rope import grid_rotation
+from vistok.nn.text import TextCondition
+from vistok.nn.transformer import TransformerBlock, feed_forward_size
+from vistok.tokens import VisualTokens
+
+__all__ = ["CaptionEmbedding", "ClassEmbedding", "ConditionalLlama", "check_grid", "token_loss"]
+
+OFFICIAL_DEFAULTS: dict[str, Any] = {
+    "dim": 4096,
+    "n_layer": 32,
+    "n_head": 32,
+    "n_kv_head": None,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": None,
+    "rope_base": 10000,
+    "norm_eps": 1e-5,
+    "token_dropout_p": 0.1,
+    "attn_dropout_p": 0.0,
+    "resid_dropout_p": 0.1,
+    "ffn_dropout_p": 0.1,
+    "drop_path_rate": 0.0,
+    "num_classes": 1000,
+    "caption_dim": 2048,
+    "class_dropout_prob": 0.1,
+    "model_type": "c2i",
+    "vocab_size": 16384,
+    "cls_token_num": 1,
+    "block_size": 256,
+}
+# Set by the authors' code, without a meaning for ours: initial weights, and the sizes of their caches.
+OFFICIAL_IGNORED = {"initializer_range", "max_batch_size", "max_seq_len"}
+OFFICIAL_NAMES = {
+    "dim": "hidden_size",
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_kv_head": "num_kv_heads",
+    "multiple_of": "multiple_of",
+    "ffn_dim_multiplier": "ffn_dim_multiplier",
+    "rope_base": "rope_theta",
+    "norm_eps": "norm_eps",
+    "token_dropout_p": "token_dropout",
+    "attn_dropout_p": "attention_dropout",
+    "resid_dropout_p": "residual_dropout",
+    "ffn_dropout_p": "ffn_dropout",
+    "drop_path_rate": "drop_path",
+    "class_dropout_prob": "condition_dropout",
+    "vocab_size": "vocab_size",
+    "cls_token_num": "num_condition_tokens",
+}
+
+
+class ClassEmbedding(nn.Module):
+    """A vector for each class, and one more for "no class" if the model was trained with condition dropout."""
+
+    def __init__(self, num_classes: int, size: int, has_null: bool) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + has_null, size)
+
+    def forward(self, labels: Tensor, drop: Tensor | None) -> Tensor:
+        """Labels int64 [B] (dropped where `drop`, bool [B]) to [B, 1, D]."""
+        if drop is not None:
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)[:, None]
+
+
+class CaptionProjection(nn.Module):
+    """Two linear layers without biases around a tanh-approximated GELU."""
+
+    def __init__(self, caption_dim: int, size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(caption_dim, size, bias=False)
+        self.fc2 = nn.Linear(size, size, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, caption_dim] -> [B, T, D]."""
+        return self.fc2(functional.gelu(self.fc1(features), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Projected text features; the null caption is a fixed random buffer that training never changes."""
+
+    def __init__(self, caption_dim: int, size: int, num_tokens: int) -> None:
+        super().__init__()
+        self.cap_proj = CaptionProjection(caption_dim, size)
+        self.uncond_embedding: Tensor
+        self.register_buffer("uncond_embedding", torch.randn(num_tokens, caption_dim) / caption_dim**0.5)
+
+    def forward(self, features: Tensor, drop: Tensor | None) -> Tensor:
+        """Features [B, T, caption_dim] (replaced by the null caption where `drop`, bool [B]) to [B, T, D]."""
+        features = features.to(self.uncond_embedding.dtype)
+        if drop is not None:
+            features = torch.where(drop[:, None, None], self.uncond_embedding, features)
+        return self.cap_proj(features)
+
+
+class ConditionalLlama(VistokModel):
+    """Base of LlamaGen and NAR. The constructor's arguments are documented there."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]  # noqa: RUF012 - the name and type that accelerate reads
+
+    def _build(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        multiple_of: int,
+        ffn_dim_multiplier: float | None,
+        rope_theta: float,
+        norm_eps: float,
+        num_classes: int | None,
+        caption_dim: int | None,
+        num_condition_tokens: int,
+        condition_dropout: float,
+        grid: Sequence[int],
+        token_dropout: float,
+        residual_dropout: float,
+        ffn_dropout: float,
+        attention_dropout: float,
+        drop_path: float,
+    ) -> None:
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if hidden_size % num_heads or (hidden_size // num_heads) % 4:
+            raise InvalidInputError(
+                f"hidden_size {hidden_size} over num_heads {num_heads} must give a head width divisible by 4 "
+                "(2-D rotary positions)"
+            )
+        if num_heads % kv_heads:
+            raise InvalidInputError(f"num_heads {num_heads} must be a multiple of num_kv_heads {kv_heads}")
+        if (num_classes is None) == (caption_dim is None):
+            raise InvalidInputError(
+                f"give num_classes for a class-conditional model or caption_dim for a text-conditional one, not "
+                f"{'neither' if num_classes is None else 'both'}"
+            )
+        self.grid = check_grid(grid)
+        self.head_dim = hidden_size // num_heads
+        self.num_kv_heads = kv_heads
+        self.rope_theta = float(rope_theta)
+        self.vocab_size = vocab_size
+        self.num_classes = num_classes
+        self.num_condition_tokens = num_condition_tokens
+        self.condition_dropout = condition_dropout
+        self.gradient_checkpointing = False
+        self.cls_embedding: ClassEmbedding | CaptionEmbedding
+        if caption_dim is not None:
+            self.cls_embedding = CaptionEmbedding(caption_dim, hidden_size, num_condition_tokens)
+        else:
+            assert num_classes is not None
+            if num_condition_tokens != 1:
+                raise InvalidInputError(
+                    f"a class is one condition token; got num_condition_tokens={num_condition_tokens}"
+                )
+            self.cls_embedding = ClassEmbedding(num_classes, hidden_size, condition_dropout > 0)
+        self.tok_embeddings = nn.Embedding(vocab_size, hidden_size)
+        self.tok_dropout = nn.Dropout(token_dropout)
+        ffn_size = feed_forward_size(hidden_size, multiple_of, ffn_dim_multiplier)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                hidden_size,
+                num_heads,
+                kv_heads,
+                ffn_size,
+                norm_eps=norm_eps,
+                attention_dropout=attention_dropout,
+                residual_dropout=residual_dropout,
+                ffn_dropout=ffn_dropout,
+                drop_path=drop_path * index / max(1, num_layers - 1),
+            )
+            for index in range(num_layers)
+        )
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.output = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def _initialise(self) -> None:
+        """Normal(0, 0.02) for every matrix and embedding; the first head starts at zero (uniform probabilities)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
+
+    # ------------------------------------------------------------------------------------------------ official files
+    @classmethod
+    def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """From the authors' `ModelArgs`; our own arguments pass unchanged."""
+        if not config.keys() & (OFFICIAL_DEFAULTS.keys() - OFFICIAL_NAMES.keys() | {"dim", "n_layer", "n_head"}) or (
+            "hidden_size" in config
+        ):
+            return dict(config)
+        given = {**OFFICIAL_DEFAULTS, **config}
+        arguments = {ours: given.pop(theirs) for theirs, ours in OFFICIAL_NAMES.items()}
+        side = round(given["block_size"] ** 0.5)
+        if side * side != given["block_size"]:
+            raise InvalidInputError(f"block_size must be a perfect square (a square grid); got {given['block_size']}")
+        text = given.pop("model_type") == "t2i"
+        arguments["grid"] = (side, side)
+        arguments["num_classes"] = None if text else given["num_classes"]
+        arguments["caption_dim"] = given["caption_dim"] if text else None
+        for key in ("block_size", "num_classes", "caption_dim"):
+            given.pop(key)
+        arguments.update({key: value for key, value in given.items() if key not in OFFICIAL_IGNORED})
+        return arguments
+
+    @classmethod
+    def unwrap_official(cls, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Flat (FSDP) files, or under "model", "module" or "state_dict"; old files also hold the rotary table."""
+        for key in ("model", "module", "state_dict"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+        return {key: value for key, value in state.items() if key != "freqs_cis"}
+
+    # ------------------------------------------------------------------------------------------------------ training
+    @property
+    def is_text_conditional(self) -> bool:
+        """Whether the condition is a caption rather than a class."""
+        return isinstance(self.cls_embedding, CaptionEmbedding)
+
+    def condition_drop(self, batch: int, generator: torch.Generator | None) -> Tensor | None:
+        """bool [B], which conditions this training step replaces by the null condition; None outside training."""
+        if not self.training or self.condition_dropout == 0.0:
+            return None
+        return sampling.uniform((batch,), generator, self.device) < self.condition_dropout
+
+    def rotation_table(self, grid: tuple[int, int]) -> Tensor:
+        """Rotary factors complex64 [T + N, C / 2] of a grid in raster order; the last grid's are kept."""
+        key = (grid, self.device)
+        if getattr(self, "_rotation_key", None) != key:
+            self._rotation = grid_rotation(
+                grid,
+                self.head_dim,
+                self.rope_theta,
+                num_condition_tokens=self.num_condition_tokens,
+                device=self.device,
+            )
+            self._rotation_key = key
+        return self._rotation
+
+    def run_blocks(
+        self, x: Tensor, layers: Sequence[nn.Module], rotation: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Blocks without a cache, with gradient checkpointing where it is switched on."""
+        for layer in layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, rotation, mask, is_causal, use_reentrant=False)
+            else:
+                x = layer(x, rotation, mask, is_causal)
+        return x
+
+    def batch_condition(self, batch: Mapping[str, Any]) -> tuple[Tensor | TextCondition, Tensor]:
+        """(condition, ids) of a training batch."""
+        ids = batch["ids"]
+        if ids.ndim != 2 or ids.shape[1] != self.grid[0] * self.grid[1]:
+            raise InvalidInputError(
+                f"ids must be [B, {self.grid[0] * self.grid[1]}] for the grid {self.grid}; got {list(ids.shape)}"
+            )
+        if self.is_text_conditional:
+            return TextCondition(batch["text_features"], batch.get("text_mask")), ids
+        return batch["labels"], ids
+
+    # ------------------------------------------------------------------------------------------------------ sampling
+    def check_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
+        """The condition on the model's device, or an InvalidInputError that says what was expected."""
+        if self.is_text_conditional:
+            if not isinstance(condition, TextCondition):
+                raise InvalidInputError(
+                    f"this {type(self).__name__} is text-conditional: give a TextCondition (see TextEncoder), "
+                    f"not {type(condition).__name__}"
+                )
+            expected = (self.num_condition_tokens, self.cls_embedding.uncond_embedding.shape[1])
+            if tuple(condition.features.shape[1:]) != expected:
+                raise InvalidInputError(
+                    f"text features must be [B, {expected[0]}, {expected[1]}] for this model; "
+                    f"got {list(condition.features.shape)}: was another text encoder used?"
+                )
+            if not bool(torch.isfinite(condition.features).all()):
+                raise InvalidInputError("text features contain NaN or infinity")
+            return condition.to(self.device)
+        if not isinstance(condition, Tensor) or condition.dtype != torch.int64 or condition.ndim != 1:
+            given = (
+                f"{condition.dtype} {list(condition.shape)}"
+                if isinstance(condition, Tensor)
+                else type(condition).__name__
+            )
+            raise InvalidInputError(
+                f"this {type(self).__name__} is class-conditional: give class labels as int64 [B], not {given}"
+            )
+        assert self.num_classes is not None
+        if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < self.num_classes:
+            raise InvalidInputError(
+                f"class labels must lie in 0..{self.num_classes - 1}; got {int(condition.min())}..{int(condition.max())}"
+            )
+        return condition.to(self.device)
+
+    def hidden_states(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None
+    ) -> tuple[Tensor, ...]:
+        """Normed input [B, L, D] of each output head; the generators define it."""
+        raise InvalidInputError(f"{type(self).__name__} defines no heads")
+
+    def prefill(
+        self, condition: Tensor | TextCondition, slots: int, guided: bool
+    ) -> tuple[tuple[Tensor, ...], KVCache, Tensor | None]:
+        """Run the condition tokens and keep their keys and values.
+
+        Equal rows are computed once: a class that occurs several times, and the null condition.
+
+        Args:
+            condition: checked condition of B images.
+            slots: positions that the cache shall hold, T included.
+            guided: append B unconditional rows.
+
+        Returns:
+            The hidden states [R, 1, D] of each head at the last condition position, a cache of R rows, and the visible keys
+            bool [R, 1, 1, slots] (None if all are); R = 2 B if guided, else B.
+        """
+        total = self.num_condition_tokens
+        if self.is_text_conditional:
+            assert isinstance(condition, TextCondition)
+            x = self.cls_embedding(condition.features, None)
+            rows = torch.arange(len(x), device=x.device)
+            valid = condition.mask
+            if guided:
+                null = self.cls_embedding.cap_proj(self.cls_embedding.uncond_embedding)[None]
+                # The null caption keeps each caption's own padding, so only without padding are its rows equal.
+                copies = 1 if valid is None else len(x)
+                rows = torch.cat([rows, torch.arange(len(x), device=x.device) * (copies > 1) + len(x)])
+                x = torch.cat([x, null.expand(copies, -1, -1)])
+                valid = None if valid is None else torch.cat([valid, valid])
+        else:
+            assert isinstance(condition, Tensor)
+            labels, rows = torch.unique(condition, return_inverse=True)
+            if guided:
+                if self.condition_dropout == 0.0:
+                    raise InvalidInputError(
+                        "this model was trained without condition dropout and has no null class; use guidance_scale=1"
+                    )
+                rows = torch.cat([rows, torch.full_like(rows, len(labels))])
+                labels = torch.cat([labels, labels.new_tensor([self.num_classes])])
+            x, valid = self.cls_embedding(labels, None), None
+        mask = None
+        if valid is not None:
+            causal = torch.ones(total, total, dtype=torch.bool, device=x.device).tril()
+            mask = (causal & valid[:, None]) | torch.eye(total, dtype=torch.bool, device=x.device)
+            mask = mask[:, None]
+        rotation = torch.zeros(total, self.head_dim // 2, dtype=torch.complex64, device=x.device)
+        cache = KVCache(
+            len(self.layers), len(x), self.num_kv_heads, total, self.head_dim, dtype=x.dtype, device=x.device
+        )
+        hidden = self.hidden_states(x, rotation, mask, mask is None and total > 1, cache)
+        cache.select_rows(rows)
+        cache.extend(slots)
+        visible = None
+        if valid is not None:
+            visible = torch.ones(len(valid), 1, 1, slots, dtype=torch.bool, device=x.device)
+            visible[:, 0, 0, :total] = valid
+        return tuple(state[:, -1:].index_select(0, rows) for state in hidden), cache, visible
+
+    def known_tokens(self, prefix: VisualTokens | None, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(ids int64 [B, N], known bool [N]) of a continuation; nothing is known without a prefix.
+
+        Raises:
+            InvalidInputError: if the prefix has another grid or batch, unknown ids, or a mask that differs between images.
+        """
+        size = grid[0] * grid[1]
+        if prefix is None:
+            return (
+                torch.zeros(batch, size, dtype=torch.int64, device=self.device),
+                torch.zeros(size, dtype=torch.bool, device=self.device),
+            )
+        if prefix.ids is None or prefix.grid != grid or len(prefix) != batch or prefix.mask is None:
+            raise InvalidInputError(
+                f"prefix must hold ids [{batch}, {size}] on the grid {grid} with a mask that is True at the known tokens; got "
+                f"{len(prefix)} images on the grid {prefix.grid}, ids {'missing' if prefix.ids is None else 'given'}, "
+                f"mask {'missing' if prefix.mask is None else 'given'}"
+            )
+        known = prefix.mask[0]
+        if not bool((prefix.mask == known).all()):
+            raise InvalidInputError("the known tokens of a prefix must be the same cells in every image of the batch")
+        chosen = prefix.ids[:, known]
+        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.vocab_size:
+            raise InvalidInputError(
+                f"prefix ids must lie in 0..{self.vocab_size - 1}; got {int(chosen.min())}..{int(chosen.max())}"
+            )
+        return torch.where(prefix.mask, prefix.ids, 0).to(self.device), known.to(self.device)
+
+
+def check_grid(grid: Sequence[int]) -> tuple[int, int]:
+    """(rows, cols) as integers, or an InvalidInputError."""
+    sides = tuple(int(side) for side in grid)
+    if len(sides) != 2 or min(sides) < 1:
+        raise InvalidInputError(f"grid must be (rows, cols), both at least 1; got {tuple(grid)}")
+    return sides[0], sides[1]
+
+
+def token_loss(logits: Tensor, targets: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean cross-entropy; with `valid` [B], over the tokens of valid samples alone."""
+    if valid is None:
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    weights = valid[:, None].expand_as(losses).to(losses.dtype)
+    return (losses * weights).sum() / weights.sum().clamp_min(1.0)

@@ -1,0 +1,158 @@
+"""From a run folder to a checkpoint that ships: averaged weights in bf16, configuration, facts and a card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vistok.errors import CheckpointError, InvalidInputError
+from vistok.files import read_state_dict, save_tensors, write_text_atomic
+from vistok.nn.model import VistokModel, describe_mismatch
+from vistok.registry import system_class
+
+from .checkpoint import latest_checkpoint
+from .logs import read_metrics
+from .recipe import FolderRecipe, Recipe, ShapesTokensRecipe, load_recipe
+
+__all__ = ["MAX_BYTES", "export"]
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+MAX_BYTES = 4 * 2**20
+LICENCE = "apache-2.0"
+
+
+def export(
+    run_dir: str | os.PathLike[str],
+    name: str | None,
+    assets_dir: str | os.PathLike[str],
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Path:
+    """Write the newest checkpoint of a run as a folder that `vistok.load` takes.
+
+    Args:
+        run_dir: folder of a run.
+        name: of the new folder; None takes the recipe's.
+        assets_dir: its parent.
+        max_bytes: refuse larger weights.
+
+    Returns:
+        The folder: `config.json`, `diffusion_pytorch_model.safetensors` (bf16), `vistok.json`, `README.md`.
+
+    Raises:
+        CheckpointError: the run has no whole checkpoint, or its weights do not fit the recipe's network.
+        InvalidInputError: the weights are too large.
+    """
+    run_dir = Path(run_dir)
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} holds no whole checkpoint; train it first")
+    averaged = checkpoint / "ema.safetensors"
+    weights = read_state_dict(averaged if averaged.is_file() else checkpoint / "model.safetensors")
+    model = system_class(recipe.model.system)(**recipe.model.config)
+    problems = describe_mismatch(model.state_dict(), weights)
+    if problems:
+        raise CheckpointError(f"{checkpoint} does not fit the recipe's network: {'; '.join(problems)}")
+    model.load_state_dict(weights)
+    model.to(torch.bfloat16)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if size > max_bytes:
+        raise InvalidInputError(
+            f"{recipe.name} takes {size / 2**20:.2f} MiB in bf16; at most {max_bytes / 2**20:.2f} MiB may ship: "
+            "train a smaller network"
+        )
+    name = name or recipe.name
+    folder = Path(assets_dir) / name
+    facts = _facts(recipe, model)
+    step = int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"])
+    figures = _last_figures(read_metrics(run_dir))
+    model.save_config(folder)
+    save_tensors(folder / WEIGHTS_FILE, model.state_dict(), metadata={"format": "pt"})
+    write_text_atomic(folder / "vistok.json", json.dumps(facts, indent=2) + "\n")
+    write_text_atomic(folder / "README.md", _card(name, recipe, facts, step, size, figures))
+    return folder
+
+
+def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
+    """Content of `vistok.json`."""
+    config: Mapping[str, Any] = model.config
+    tokenizer = hasattr(model, "decode")
+    generator = hasattr(model, "generate")
+    image_size = recipe.data.image_size
+    grid = config.get("grid")
+    if tokenizer and hasattr(model, "downsample_factor"):
+        grid = [image_size // model.downsample_factor] * 2
+    facts: dict[str, Any] = {
+        "system": recipe.model.system,
+        "kind": "tokenizer" if tokenizer else "generator" if generator else "helper",
+        "licence": LICENCE,
+        "paper": next((entry.paper for entry in model.published.values() if entry.paper), None),
+        "recipe": f"recipes/{recipe.name}.yaml",
+        "image_size": image_size,
+        "num_tokens": None if grid is None else grid[0] * grid[1],
+        "codebook_size": config.get("codebook_size", config.get("vocab_size")),
+    }
+    if generator:
+        facts["tokenizer"] = recipe.tokenizer
+        facts["text_encoder"] = recipe.text_encoder
+        facts["class_names"] = _class_names(recipe)
+        facts["sampling"] = asdict(recipe.sampling)
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _class_names(recipe: Recipe) -> list[str] | None:
+    data = recipe.data
+    if recipe.text_encoder is not None:
+        return None
+    if isinstance(data, ShapesTokensRecipe):
+        from vistok.data.shapes import CLASS_NAMES
+
+        return list(CLASS_NAMES)
+    if isinstance(data, FolderRecipe):
+        from vistok.data.folders import ImageFolder
+
+        return list(ImageFolder(data.path, data.image_size).class_names) or None
+    return None
+
+
+def _last_figures(lines: list[dict[str, float]]) -> dict[str, float]:
+    """The newest value of every held-out and sampled figure."""
+    newest: dict[str, float] = {}
+    for line in lines:
+        newest.update({key: value for key, value in line.items() if "/" in key})
+    return newest
+
+
+def _card(
+    name: str, recipe: Recipe, facts: Mapping[str, Any], step: int, size: int, figures: Mapping[str, float]
+) -> str:
+    seen = step * recipe.batch_size
+    lines = [
+        f"# {name}",
+        "",
+        f"A small `{facts['system']}` {facts['kind']} of the vistok lab world, trained by `{facts['recipe']}`.",
+        "",
+        f"- {step} steps of {recipe.batch_size} samples ({seen:,} in all)",
+        f"- {size / 2**20:.2f} MiB of bf16 weights"
+        + (f", exponential moving average {recipe.ema_decay}" if recipe.ema_decay else ""),
+        f"- licence: {facts['licence']}",
+    ]
+    lines += [f"- {key.replace('_', ' ')}: `{facts[key]}`" for key in ("tokenizer", "text_encoder") if key in facts]
+    if figures:
+        lines += [
+            "",
+            "Figures during training, on held-out data (float32 weights):",
+            "",
+            "| figure | value |",
+            "|---|---|",
+        ]
+        lines += [f"| {key} | {value:.4g} |" for key, value in figures.items()]
+    lines += ["", f'```python\nimport vistok\n\nmodel = vistok.load("{name}")\n```', ""]
+    return "\n".join(lines)
