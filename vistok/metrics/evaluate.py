@@ -1,9 +1,10 @@
 """Whole evaluations of a tokenizer or a generator in the lab world, behind `vistok evaluate` and `vistok reproduce`.
 
-Both return a plain dictionary that can go to JSON as it is. Every share comes with its Wilson interval at 95 %, every mean
-with a normal one, every Frechet distance with the evaluator, reference, sample counts, resizing and sampler settings.
+Both return a plain dictionary that can go to JSON as it is. Every share comes with its Wilson interval at 95 %, every
+mean with a normal one, every Frechet distance with the evaluator, reference, sample counts, resizing and settings.
 
-Held-out scenes come from streams that no recipe can draw from (recipes take seeds below 2**31 and validate at 2**40 and up).
+Held-out scenes come from streams that no recipe can draw from: recipes take seeds below 2**31 and validate on streams
+from 2**40 to 2**40 + 2**31.
 
 Shape letters: B images, H rows and W columns of pixels.
 """
@@ -244,6 +245,12 @@ def evaluate_tokenizer(
 SAMPLER_DEFAULTS = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
+def sampler_settings(pipeline: Any, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every setting of the sampler: what is asked for, else the checkpoint's default, else the plain distribution."""
+    own = pipeline.config.get("sampling") or {}
+    return {**SAMPLER_DEFAULTS, **own, **(sampling or {})}
+
+
 def describe_sampling(sampling: Mapping[str, Any]) -> str:
     """Sampler settings in one line, for printing beside a distance."""
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sampling.items()) or "the model's defaults"
@@ -287,20 +294,29 @@ def sample_images(
     return torch.cat(parts)
 
 
+def reference_images(count: int, image_size: int, kind: str = "class", seed: int = REFERENCE_SEED) -> Tensor:
+    """Real scenes that a kind of request is compared with, [B, 3, H, W] in [-1, 1].
+
+    Args:
+        count: number of scenes.
+        image_size: side in pixels.
+        kind: `"class"` (one object, the classes in turn), `"one_object"` or `"two_objects"`.
+        seed: stream of scenes.
+    """
+    number = 2 if kind == "two_objects" else 1
+    return held_out_images(
+        [sample_scene(seed, index, number, **_fixed(kind, index)) for index in range(count)], image_size
+    )
+
+
 def _distances(
-    samples: Tensor,
-    reference: Sequence[Scene],
-    baseline: Sequence[Scene],
-    pipeline: Any,
-    extractor: str | nn.Module,
-    what: str,
-    sampler: str,
+    samples: Tensor, kind: str, what: str, pipeline: Any, extractor: str | nn.Module, sampler: str
 ) -> dict[str, Any]:
     """Frechet distances of samples, of other real scenes, and of these after the tokenizer, to one reference."""
     size = samples.shape[-1]
     distance = FrechetDistance(extractor, reference=f"held-out scenes, {what}, {size}x{size}")
-    distance.add_reference(held_out_images(reference, size))
-    real = held_out_images(baseline, size)
+    distance.add_reference(reference_images(len(samples), size, kind))
+    real = reference_images(len(samples), size, kind, BASELINE_SEED)
     tokenizer = pipeline.tokenizer
     results = {}
     for name, images in (("fid", samples), ("fid_of_real_scenes", real), ("fid_of_the_tokenizer", None)):
@@ -371,13 +387,8 @@ def evaluate_generator(
         shares = class_accuracy(readings, requests) if kind == "class" else caption_accuracy(readings, requests)
         report[kind] = {name: share.to_dict() for name, share in shares.items()}
         if extractor is not None:
-            count = 2 if kind == "two_objects" else 1
-            what = f"{count} object{'s' if count > 1 else ''}"
-            reference, baseline = (
-                [sample_scene(stream, index, count, **_fixed(kind, index)) for index in range(num_samples)]
-                for stream in (REFERENCE_SEED, BASELINE_SEED)
-            )
-            report[kind].update(_distances(images, reference, baseline, pipeline, extractor, what, sampler))
+            what = "one object of each class in turn" if kind == "class" else title
+            report[kind].update(_distances(images, kind, what, pipeline, extractor, sampler))
     report["settings"] = {"num_samples": num_samples, "seed": seed, "caption_seed": HELD_OUT_SEED, **settings}
     report["seconds"] = time.perf_counter() - started
     return report
@@ -390,8 +401,8 @@ def _requests(pipeline: Any, count: int) -> dict[str, list[int] | list[str]]:
         return {"one_object": single_captions(count), "two_objects": relation_captions(count)}
     if config.num_classes != len(CLASS_NAMES):
         raise InvalidInputError(
-            f"this generator knows {config.num_classes} classes, but the lab world has {len(CLASS_NAMES)}: the oracle can "
-            "judge generators trained on lab scenes only"
+            f"this generator knows {config.num_classes} classes, but the lab world has {len(CLASS_NAMES)}: the oracle "
+            "judges generators of lab scenes only"
         )
     return {"class": class_requests(count)}
 
