@@ -40,7 +40,13 @@ _ROOMS = (
 __all__ = ["__version__", *_EXPORTS, *_ROOMS]
 
 
+# diffusers looks for the base class of a pipeline's parts in the library that defines them.
+_BASES = {"ModelMixin": "vistok.nn.model"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _BASES:
+        return getattr(importlib.import_module(_BASES[name]), name)
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     if name in _ROOMS:

@@ -73,9 +73,15 @@ class Accuracy:
         return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}], {self.correct}/{self.total}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON; `value` is None without tries (JSON knows no NaN)."""
         low, high = self.interval
-        return {"value": self.value, "low": low, "high": high, "correct": self.correct, "total": self.total}
+        return {
+            "value": self.value if self.total else None,
+            "low": low,
+            "high": high,
+            "correct": self.correct,
+            "total": self.total,
+        }
 
 
 def _read(images: Tensor | Sequence[Reading]) -> Sequence[Reading]:

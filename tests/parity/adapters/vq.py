@@ -99,8 +99,9 @@ def vq_decode(g: Any) -> dict[str, Tensor]:
 
 
 def vq_train(g: Any) -> dict[str, Tensor]:
-    model = build(g).train()
-    x = g.inputs["x"]
+    # In float64: the recorded gradients carry rounding of 1e-5 already, and ours must not add to it.
+    model = build(g).double().train()
+    x = g.inputs["x"].double()
     output = model(x)
     quantization = output.quantization
     total = F.mse_loss(output.sample, x) + quantization.loss

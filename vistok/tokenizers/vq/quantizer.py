@@ -50,8 +50,12 @@ class QuantizerOutput:
         return self.codebook_loss + self.commitment_loss + self.entropy_loss
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class VectorQuantizer(nn.Module):
-    """Replace every vector by the nearest of K codes. Always in float32: half precision flips indices.
+    """Replace every vector by the nearest of K codes. At least in float32: half precision flips indices.
 
     Args:
         codebook_size: K.
@@ -99,8 +103,8 @@ class VectorQuantizer(nn.Module):
         return self.codebook.shape[0]
 
     def codes(self) -> Tensor:
-        """The table that is compared with and decoded from: float32 [K, C], unit rows if `l2_normalize`."""
-        table = self.codebook.float()
+        """The table that is compared with and decoded from: [K, C], unit rows if `l2_normalize`."""
+        table = _at_least_float32(self.codebook)
         return F.normalize(table, dim=-1) if self.l2_normalize else table
 
     def forward(self, z: Tensor, *, generator: torch.Generator | None = None) -> QuantizerOutput:
@@ -111,7 +115,7 @@ class VectorQuantizer(nn.Module):
             generator: source of the draws of `revive_dead_codes`.
         """
         with torch.autocast(z.device.type, enabled=False):
-            return self._quantize(z.float(), generator)
+            return self._quantize(_at_least_float32(z), generator)
 
     def _quantize(self, z: Tensor, generator: torch.Generator | None) -> QuantizerOutput:
         batch, dim, rows, cols = z.shape
@@ -123,7 +127,7 @@ class VectorQuantizer(nn.Module):
         with torch.no_grad():
             # Features that are not finite have no nearest code (-1); code 0 keeps the loss NaN instead of failing here.
             ids = nearest_code(vectors, self.codes()).clamp_min(0)
-        chosen = F.embedding(ids, self.codebook.float())
+        chosen = F.embedding(ids, _at_least_float32(self.codebook))
         if self.l2_normalize:  # normalising the chosen rows alone has the same value and gradient as the whole table
             chosen = F.normalize(chosen, dim=-1)
         quantized = vectors + (chosen - vectors).detach()

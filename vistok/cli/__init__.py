@@ -1,0 +1,54 @@
+"""The `vistok` command. Bad input ends in one line on stderr and exit code 2; Ctrl-C in 130; never in a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: without the program's name; None takes the process's own. `--debug` anywhere shows tracebacks.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    # Progress belongs to our own bars; the libraries' are noise in a command line.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+    import click
+
+    from vistok.cli.app import build
+    from vistok.errors import VistokError
+
+    try:
+        result = build().main(args=given, prog_name="vistok", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        print("vistok: interrupted", file=sys.stderr)
+        return 130
+    except (VistokError, OSError) as error:
+        if debug:
+            raise
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"vistok: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

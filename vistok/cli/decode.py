@@ -1,0 +1,29 @@
+"""`vistok decode`: tokens to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def decode(
+    tokens: Annotated[Path, typer.Argument(help="File written by `vistok encode` or VisualTokens.save.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The tokenizer that made them.")] = "vq-shapes",
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG; several pictures become a grid.")] = Path(
+        "decoded.png"
+    ),
+) -> None:
+    """Decode a file of tokens into a picture."""
+    from vistok.cli.pictures import grid_of, save_picture
+    from vistok.hub import load
+    from vistok.tokens import VisualTokens
+
+    held = VisualTokens.load(tokens)
+    tokenizer = load(model)
+    pictures = tokenizer.postprocess(tokenizer.decode(held))
+    save_picture(grid_of(pictures) if len(pictures) > 1 else pictures[0], output)
+    typer.echo(
+        f"{output}: {len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {pictures[0].width}x{pictures[0].height}"
+    )

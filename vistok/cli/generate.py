@@ -1,0 +1,98 @@
+"""`vistok generate`: pictures from a prompt or a class."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help='What to draw, e.g. "a red circle".')] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="Shipped or published name, or a folder.")] = "nar-shapes",
+    class_label: Annotated[
+        str | None, typer.Option("--class", help="Class by number or name, for class-conditional models.")
+    ] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, max=1024, help="How many.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Picture k is drawn from seed + k, whatever the number.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG of all pictures as a grid.")] = Path("grid.png"),
+    guidance_scale: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
+    film: Annotated[
+        Path | None, typer.Option(help="Also write a film strip: one row a picture, one column a step.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Generate pictures and write them as one PNG grid."""
+    from vistok.errors import InvalidInputError
+
+    if prompt is not None and class_label is not None:
+        raise InvalidInputError("give either a prompt or --class, not both")
+    if prompt is None and class_label is None:
+        raise InvalidInputError('say what to draw: vistok generate "a red circle"')
+    begun = time.perf_counter()
+    import torch
+
+    from vistok.cli.pictures import grid_of, progress, save_picture
+    from vistok.hub import load_pipeline
+
+    pipe = load_pipeline(model, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    loaded = time.perf_counter()
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(num_images)]
+    label: int | str | None = class_label
+    if class_label is not None and class_label.lstrip("-").isdigit():
+        label = int(class_label)
+    strips: list[list] = []
+    with progress("steps", 1) as advance:
+
+        def on_step(pipeline: object, index: int, total: int, inputs: dict) -> dict:
+            advance(total=total)
+            if film is not None:
+                strips.append(pipe.preview(inputs["tokens"]))
+            return inputs
+
+        result = pipe(
+            prompt,
+            class_labels=label,
+            num_images_per_prompt=num_images,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            height=height,
+            width=width,
+            generator=generators,
+            callback_on_step_end=on_step,
+        )
+    drawn = time.perf_counter()
+    save_picture(grid_of(result.images), output)
+    if film is not None:
+        save_picture(grid_of([step[row] for row in range(num_images) for step in strips], columns=len(strips)), film)
+    report = {
+        "output": str(output),
+        "model": model,
+        "prompt": prompt,
+        "class": class_label,
+        "num_images": num_images,
+        "seed": seed,
+        "seconds_to_load": round(loaded - begun, 3),
+        "seconds_to_draw": round(drawn - loaded, 3),
+    }
+    if film is not None:
+        report["film"] = str(film)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        typer.echo(
+            f"{output}: {num_images} picture{'s' if num_images > 1 else ''} by {model}, seed {seed} "
+            f"(loaded in {loaded - begun:.1f} s, drawn in {drawn - loaded:.1f} s)"
+        )

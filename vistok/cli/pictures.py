@@ -1,0 +1,67 @@
+"""Pictures and progress that several commands need."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def grid_of(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size side by side, row by row, on white."""
+    from PIL import Image
+
+    columns = columns or max(1, round(len(images) ** 0.5))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, ((index % columns) * (width + gap), (index // columns) * (height + gap)))
+    return sheet
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture atomically; the suffix chooses the format.
+
+    Raises:
+        InvalidInputError: for a suffix that no image format has.
+    """
+    from PIL import Image
+
+    from vistok.errors import InvalidInputError
+    from vistok.files import atomic_path
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InvalidInputError(f"{path} has no suffix of an image format; use .png")
+    with atomic_path(path) as temporary:
+        image.save(temporary)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Any]:
+    """A bar with rate and time left on stderr, silent when that is not a terminal; yields `advance(count=1)`."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(show_speed=True))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
+    ) as bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(count: int = 1, total: int | None = None) -> None:
+            bar.update(task, advance=count, total=total)
+
+        yield advance
