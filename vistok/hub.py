@@ -1,12 +1,12 @@
-"""`vistok.load(name)`: shipped checkpoints, local folders, the authors' files and the Hugging Face Hub.
+"""`vistok.load(name)`: shipped checkpoints, local folders, published checkpoints and the Hugging Face Hub.
 
-A name is tried in this order; the first that fits decides:
+What a name can be; the first that fits decides:
 
-1. `./...`, `/...` or an existing path: a folder written by `save_pretrained` or `vistok train`.
-2. a shipped name: `nar-shapes`.
-3. a published name: `nar-l.imagenet256` downloads the authors' file and loads it strictly.
-4. `system.tiny`: a random flavour that builds in milliseconds.
-5. `org/repository` (or `hub:org/repository`): a repository on the Hub in our format.
+1. a shipped name: `nar-shapes`.
+2. `system.tiny`: a random flavour that builds in milliseconds, always with the same weights.
+3. a folder: `./my-model`, written by `save_pretrained`, by the export of a training run, or by transformers (text encoders).
+4. a published name: `nar-l.imagenet256` downloads the authors' file (or takes `checkpoint=`) and loads it strictly.
+5. `org/repository` or `hub:org/repository`: a repository on the Hub in the format of 3.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vistok.errors import CheckpointError, InvalidInputError, UnknownNameError
+from vistok.files import read_state_dict
 from vistok.registry import HELPERS, SYSTEMS, Published, system_class, unknown_name
 
 if TYPE_CHECKING:
@@ -32,30 +35,55 @@ __all__ = ["ASSETS", "list_models", "load", "load_pipeline", "model_info"]
 
 ASSETS = Path(__file__).parent / "assets"
 FACTS_FILE = "vistok.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+PIPELINE_FILE = "model_index.json"
 TEXT_ENCODER = "text-encoder"
+HUB_PREFIX = "hub:"
+TINY_SUFFIX = ".tiny"
+# Tokenizer of the random flavours: 64 codes, as the tiny generators write.
+TINY_TOKENIZER = "vq.tiny"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+# Settings of the authors' demos (LlamaGen's and NAR's sample scripts), by kind of condition.
+PUBLISHED_SAMPLING: dict[str, dict[str, dict[str, Any]]] = {
+    "llamagen": {
+        "class": {"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0},
+        "text": {"guidance_scale": 7.5, "temperature": 1.0, "top_k": 1000, "top_p": 1.0},
+    },
+    "nar": {
+        "class": {"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0},
+        "text": {"guidance_scale": 7.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    },
+}
 
 
+# ------------------------------------------------------------------------------------------------------------- listing
 def shipped() -> dict[str, dict[str, Any]]:
-    """Facts of the checkpoints inside the package, by name."""
-    found = {}
-    for file in sorted(ASSETS.glob(f"*/{FACTS_FILE}")):
-        found[file.parent.name] = _read_facts(file)
-    return found
+    """Facts of the checkpoints inside the package, by name. Reads JSON only; imports no torch."""
+    return {file.parent.name: _read_facts(file) for file in sorted(ASSETS.glob(f"*/{FACTS_FILE}"))}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object; it holds a {type(content).__name__}")
+    return content
 
 
 def _read_facts(file: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})") from error
-    if not isinstance(facts, dict) or "system" not in facts:
+    facts = _read_json(file)
+    if "system" not in facts:
         raise CheckpointError(f'{file} does not say which system it belongs to (a "system" entry)')
     return facts
 
 
 @lru_cache(maxsize=1)
 def published() -> dict[str, Published]:
-    """Every published checkpoint of every system, by name."""
+    """Every published checkpoint of every system, by name. Imports the systems, and with them torch."""
     found: dict[str, Published] = {}
     for system in SYSTEMS:
         found.update(system_class(system).published)  # type: ignore[attr-defined]
@@ -63,7 +91,7 @@ def published() -> dict[str, Published]:
 
 
 def list_models(pattern: str = "*", *, include_published: bool = True) -> list[str]:
-    """Names that `load` knows: shipped ones first, then published ones.
+    """Names that `load` knows: shipped ones first, then published ones. (Every system also has a `SYSTEM.tiny`.)
 
     Args:
         pattern: shell wildcards, e.g. `"nar*"`.
@@ -74,192 +102,372 @@ def list_models(pattern: str = "*", *, include_published: bool = True) -> list[s
 
 
 def model_info(name: str) -> dict[str, Any]:
-    """What is known about a shipped or published checkpoint: system, paper, licence, sizes, origin.
+    """What is known about a shipped or published checkpoint, ready for JSON.
+
+    Returns:
+        `name`, `shipped`, `system`, `kind` ("tokenizer", "generator", ...) and, where known, `paper`, `origin`, `licence`,
+        `image_size`, `num_tokens`, `codebook_size`, `parameters`, `preprocessing`, `tokenizer`, `text_encoder`,
+        `class_names`, `sampling`, `recipe`, `bytes` on disk (shipped) or `hub_id` and `hub_file` (published).
 
     Raises:
         UnknownNameError: if it is neither.
     """
     ours = shipped()
     if name in ours:
-        files = [file for file in (ASSETS / name).iterdir() if file.is_file()]
-        return {
-            "name": name,
-            "shipped": True,
-            **ours[name],
-            "bytes": sum(file.stat().st_size for file in files),
-        }
+        size = sum(file.stat().st_size for file in (ASSETS / name).rglob("*") if file.is_file())
+        return {"name": name, "shipped": True, **ours[name], "bytes": size}
     theirs = published()
-    if name in theirs:
-        return {"shipped": False, **asdict(theirs[name])}
-    raise _unknown(name)
+    if name not in theirs:
+        raise _unknown(name)
+    entry = theirs[name]
+    facts = {**asdict(entry), "shipped": False, "kind": _kind(entry.system)}
+    sampling = _published_sampling(entry)
+    return {**facts, "sampling": sampling} if sampling else facts
+
+
+def _kind(system: str) -> str:
+    return "tokenizer" if hasattr(system_class(system), "decode") else "generator"
+
+
+def _published_sampling(entry: Published) -> dict[str, Any] | None:
+    return PUBLISHED_SAMPLING.get(entry.system, {}).get("text" if entry.text_encoder else "class")
 
 
 def _unknown(name: str) -> UnknownNameError:
-    known = [*list_models(), *(f"{system}.tiny" for system in SYSTEMS)]
+    known = [*list_models(), *(f"{system}{TINY_SUFFIX}" for system in SYSTEMS)]
     return unknown_name(
-        "model", name, known, "`vistok models` lists all; a folder or a Hub repository (org/name) can be given, too"
+        "model", name, known, "`vistok models` lists all; a folder (./path) or a Hub repository (org/name) will do, too"
     )
 
 
+# ------------------------------------------------------------------------------------------------------------- loading
 def load(
     name: str | os.PathLike[str],
     *,
+    checkpoint: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Load a network (see the module's documentation for what a name can be).
+    """Load a network; the module's documentation says what a name can be.
 
     Args:
         name: shipped or published name, folder, Hub repository, or `system.tiny`.
+        checkpoint: for a published name, your copy of the authors' file (or the folder that holds it) instead of a
+            download.
         device: where to put it; None is the CPU.
-        dtype: floating point type; None keeps the checkpoint's, except that a CPU computes in float32.
+        dtype: floating point type; None is the checkpoint's own on an accelerator, and float32 on a CPU.
 
     Returns:
         The network in eval mode: `VQModel`, `NAR`, `LlamaGen`, ... or a `TextEncoder`.
 
     Raises:
         UnknownNameError: naming the nearest known names.
-        CheckpointError: the files do not fit the network, or cannot be read.
+        CheckpointError: the files do not fit the network, cannot be read, or cannot be fetched.
+        InvalidInputError: `checkpoint` for a name that is not published, or the name of a file.
     """
     import torch
 
-    model = _load(str(name))
+    model = _find(os.fspath(name), None if checkpoint is None else Path(checkpoint).expanduser())
     target = torch.device(device or "cpu")
-    if dtype is None and target.type == "cpu":
-        # bf16 saves space on disk, not time on every CPU; fp16 is many times slower there.
-        dtype = torch.float32
-    if dtype == torch.float16 and target.type == "cpu":
-        warnings.warn("float16 is 4 to 80 times slower than float32 on a CPU; loading in float32", stacklevel=2)
-        dtype = torch.float32
-    model = model.to(device=target, dtype=dtype) if dtype is not None else model.to(target)
-    return model.eval()
+    if target.type == "cpu":
+        # Half checkpoints save space on disk. A CPU computes float16 4 to 80 times slower than float32, and bf16 faster
+        # only on some machines.
+        half = torch.float16
+        if dtype == half:
+            warnings.warn("float16 is 4 to 80 times slower than float32 on a CPU: using bfloat16", stacklevel=2)
+            dtype = torch.bfloat16
+        elif dtype is None:
+            if any(parameter.dtype == half for parameter in model.parameters()):
+                warnings.warn(f"{name} holds float16 weights, which are slow on a CPU: using float32", stacklevel=2)
+            dtype = torch.float32
+    return model.to(device=target, dtype=dtype).eval()
 
 
-def _load(name: str) -> Any:
+def _find(name: str, checkpoint: Path | None) -> Any:
+    if checkpoint is not None:
+        return _from_authors(name, checkpoint)
+    if name in shipped():
+        return _from_folder(ASSETS / name)
+    system = name.removesuffix(TINY_SUFFIX)
+    if system != name and system in SYSTEMS:
+        return _tiny(system)
     folder = _folder(name)
     if folder is not None:
         return _from_folder(folder)
-    if name.endswith(".tiny") and name.removesuffix(".tiny") in SYSTEMS:
-        return system_class(name.removesuffix(".tiny")).tiny()  # type: ignore[attr-defined]
-    if name in published():
-        entry = published()[name]
-        return system_class(entry.system).from_official(_download(entry), name)  # type: ignore[attr-defined]
-    repository = name.removeprefix("hub:")
-    if repository.count("/") == 1 and not name.startswith((".", "/")):
-        return _from_folder(_snapshot(repository))
-    raise _unknown(name)
+    if not name.startswith(HUB_PREFIX):
+        if name in published():
+            return _from_authors(name, None)
+        if not REPOSITORY.fullmatch(name):
+            raise _unknown(name)
+    return _from_repository(name)
+
+
+def _tiny(system: str) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+        torch.manual_seed(0)
+        return system_class(system).tiny()  # type: ignore[attr-defined]
 
 
 def _folder(name: str) -> Path | None:
-    """The local folder that a name means, if any."""
-    if name in shipped():
-        return ASSETS / name
+    """The local folder that a name means; None if it may mean something else."""
+    prefix, separator, _ = name.partition(":")
+    if separator and name.startswith(HUB_PREFIX):
+        return None
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        raise InvalidInputError(
-            f"{name} is a file; load the authors' files through their class, e.g. "
-            f"NAR.from_official({name!r}, 'nar-l.imagenet256'), or give a folder"
-        )
-    if name.startswith((".", "/", "~")):
+        _refuse_file(path)
+    if separator and len(prefix) > 1:  # a single letter is a drive
+        raise UnknownNameError(f"unknown prefix {prefix + ':'!r} in {name!r}; the only one is {HUB_PREFIX!r}")
+    if name.startswith((".", "/", "~")) or name.endswith(os.sep):
         raise UnknownNameError(f"no folder at {name}")
     return None
 
 
+def _refuse_file(path: Path) -> NoReturn:
+    """A file alone does not say what it is."""
+    names = [entry.name for entry in published().values() if entry.hub_file == path.name] or ["nar-l.imagenet256"]
+    raise InvalidInputError(
+        f"{path} is a file; say which published checkpoint it is: vistok.load({names[0]!r}, checkpoint={str(path)!r})"
+        + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")
+        + ", or give a folder written by save_pretrained"
+    )
+
+
 def _from_folder(folder: Path) -> Any:
-    facts = _read_facts(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
-    if facts.get("system") == TEXT_ENCODER:
+    """A network from a folder with `config.json` and weights; strict, other than diffusers' own loading."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        if (folder / PIPELINE_FILE).is_file():
+            raise InvalidInputError(f"{folder} holds a whole pipeline: use vistok.load_pipeline")
+        if (folder / "recipe.yaml").is_file():
+            raise InvalidInputError(
+                f"{folder} is a training run; export it first: vistok.training.export({str(folder)!r}, name, folder)"
+            )
+        raise CheckpointError(f"{folder} holds no config.json; expected a folder written by save_pretrained")
+    config = _read_json(config_file)
+    if "model_type" in config:  # transformers' mark; ours and diffusers' is _class_name
         from vistok.generators.text import TextEncoder
 
         return TextEncoder.from_pretrained(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} holds no readable config.json ({error}); expected a folder written by save_pretrained"
-        ) from error
-    names = {target.split(":")[1]: system for system, target in {**SYSTEMS, **HELPERS}.items()}
+    systems = {target.split(":")[1]: system for system, target in {**SYSTEMS, **HELPERS}.items()}
     class_name = config.get("_class_name")
-    if class_name not in names:
-        raise CheckpointError(f"{folder} holds a {class_name!r}; vistok loads: {', '.join(sorted(names))}")
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    if weights.is_file():
-        from vistok.files import read_state_dict
-
-        read_state_dict(weights)  # names a truncated or empty file, which from_pretrained would not
-    try:
-        return system_class(names[class_name]).from_pretrained(str(folder), low_cpu_mem_usage=False)  # type: ignore[attr-defined]
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder} does not fit {class_name}: {error}") from error
-
-
-def _download(entry: Published) -> str:
-    if entry.hub_id is None or entry.hub_file is None:
-        raise CheckpointError(f"the authors of {entry.name} have published no file for it")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return hf_hub_download(entry.hub_id, entry.hub_file)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    if class_name not in systems:
         raise CheckpointError(
-            f"{entry.name} could not be downloaded from {entry.hub_id} ({type(error).__name__}); connect to the Hub, or "
-            f"load your copy of {entry.hub_file} with from_official(path, {entry.name!r})"
-        ) from error
+            f"{config_file} describes {'no class' if class_name is None else repr(class_name)}; "
+            f"vistok loads: {', '.join(sorted(systems))}"
+        )
+    cls: Any = system_class(systems[class_name])
+    return _assemble(cls, config, _read_weights(folder), str(folder))
 
 
-def _snapshot(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _read_weights(folder: Path) -> dict[str, Any]:
+    """The state dict of a folder, from one file or from shards."""
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    if not index.is_file():
+        return read_state_dict(folder / WEIGHTS_FILE)
+    shards = _read_json(index).get("weight_map", {})
+    state: dict[str, Any] = {}
+    for shard in sorted(set(shards.values())):
+        state.update(read_state_dict(folder / Path(shard).name))
+    return state
+
+
+def _assemble(cls: Any, config: Mapping[str, Any], state: dict[str, Any], source: str) -> Any:
+    """A network of class `cls` with exactly these weights.
+
+    `from_pretrained` would fill missing weights with random ones after a warning; here every difference is an error.
+    """
+    import torch
+
+    from vistok.nn.model import describe_mismatch
+
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        with torch.device("meta"):
+            model = cls(**own)
+    except TypeError as error:
+        raise CheckpointError(f"{source}: config.json does not fit {cls.__name__}: {error}") from error
+    problems = describe_mismatch(model.state_dict(), state)
+    if problems:
+        raise CheckpointError(f"{source}: the weights do not fit {cls.__name__}: {'; '.join(problems)}")
+    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
+        model = cls(**own)  # tables outside the state dict need a real constructor
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _from_authors(name: str, checkpoint: Path | None) -> Any:
+    """A published checkpoint from the authors' file."""
+    if name not in published():
+        raise InvalidInputError(
+            f"checkpoint= needs the name of the published checkpoint that the file is; {_unknown(name)}"
+        )
+    entry = published()[name]
+    if checkpoint is None:
+        path = _download(entry)
+    elif checkpoint.is_dir() and entry.hub_file is not None:
+        path = checkpoint / entry.hub_file
+    else:
+        path = checkpoint
+    return system_class(entry.system).from_official(path, name)  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------------------------- the Hub
+def _download(entry: Published) -> Path:
+    if entry.hub_id is None or entry.hub_file is None:
+        raise CheckpointError(f"the authors of {entry.name} have published no file; give checkpoint= if you have one")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UnknownNameError(
-            f"{repository!r} is no shipped or published name, no folder, and could not be fetched from the Hub "
-            f"({type(error).__name__})"
+        return Path(hf_hub_download(entry.hub_id, entry.hub_file))
+    except (HfHubHTTPError, OSError) as error:  # OSError: no connection and no cached copy, or a full disk
+        raise CheckpointError(
+            f"{entry.name} could not be downloaded from {entry.hub_id} ({_reason(error)}); connect to the Hub, or give "
+            f"your copy: vistok.load({entry.name!r}, checkpoint='.../{entry.hub_file}')"
         ) from error
 
 
+def _from_repository(name: str) -> Any:
+    """A network from a Hub repository: one in our format, or one that holds a published file."""
+    repository = name.removeprefix(HUB_PREFIX)
+    theirs = [entry.name for entry in published().values() if entry.hub_id == repository]
+    if len(theirs) == 1:
+        return _from_authors(theirs[0], None)
+    if theirs:
+        raise InvalidInputError(f"{repository} holds several checkpoints; load one of: {', '.join(theirs)}")
+    return _from_folder(_snapshot(name))
+
+
+def _snapshot(name: str) -> Path:
+    """Local copy of a Hub repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repository = name.removeprefix(HUB_PREFIX)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[*HUB_PATTERNS, *(f"*/{p}" for p in HUB_PATTERNS)]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UnknownNameError(
+            f"{repository!r} could not be fetched from the Hub ({_reason(error)})"
+            + (
+                ""
+                if name.startswith(HUB_PREFIX)
+                else f", and there is no such folder (for one, write './{repository}')"
+            )
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------ pipelines
 def load_pipeline(
-    name: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    name: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | Any | None = None,
+    text_encoder: str | os.PathLike[str] | Any | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> GenerationPipeline:
     """A generator with the tokenizer and the text encoder that belong to it.
 
     Args:
-        name: shipped or published name of a generator, or a folder with a `vistok.json`.
-        device, dtype: as in `load`.
+        name: shipped or published name of a generator, `system.tiny`, a folder (of a generator, or of a whole pipeline
+            written by `save_pretrained`), or a Hub repository with either.
+        checkpoint: as in `load`.
+        tokenizer: another tokenizer, loaded or by name; None is the one that the generator was trained with.
+        text_encoder: another text encoder (a `TextEncoder` or a name).
+        device, dtype: as in `load`, for all parts.
 
     Raises:
-        InvalidInputError: if the name is not a generator's, or does not say which tokenizer it writes for.
+        InvalidInputError: the name is not a generator's, does not say which tokenizer it writes for, or the parts do not
+            fit each other.
     """
     from vistok.generators.pipeline import GenerationPipeline
 
-    name = str(name)
-    if name in published():
-        facts = asdict(published()[name])
-    else:
-        folder = _folder(name)
-        facts = _read_facts(folder / FACTS_FILE) if folder is not None and (folder / FACTS_FILE).is_file() else {}
-        if folder is None and "/" not in name:
-            raise _unknown(name)
-    if facts.get("tokenizer") is None:
+    name = os.fspath(name)
+    folder = None if name in shipped() or name.endswith(TINY_SUFFIX) or checkpoint is not None else _folder(name)
+    if folder is None and name.startswith(HUB_PREFIX):
+        folder = _snapshot(name)
+    elif folder is None and REPOSITORY.fullmatch(name) and name not in published():
+        folder = _snapshot(name)
+    if folder is not None and (folder / PIPELINE_FILE).is_file():
+        pipe = GenerationPipeline.from_pretrained(str(folder), **({} if dtype is None else {"torch_dtype": dtype}))
+        return pipe.to(device) if device is not None else pipe
+    facts = _pipeline_facts(name, folder)
+    source = name if folder is None else folder
+    generator = load(source, checkpoint=checkpoint, device=device, dtype=dtype)
+    if not hasattr(generator, "sample"):
         raise InvalidInputError(
-            f"{name} does not name the tokenizer that it writes for, so it is no generator that can make pictures alone; "
-            "join the parts yourself: GenerationPipeline(generator=..., tokenizer=...)"
+            f"{name} is a {type(generator).__name__}, which makes no pictures from a prompt; give the name of a "
+            "generator (`vistok models` lists them)"
         )
-    text_encoder = facts.get("text_encoder")
-    text = load(text_encoder, device=device, dtype=dtype) if text_encoder in shipped() else None
-    if text_encoder is not None and text is None:
-        from vistok.generators.text import TextEncoder
-
-        text = TextEncoder.from_pretrained(text_encoder).to(device or "cpu")
+    tokenizer = facts.get("tokenizer") if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise InvalidInputError(
+            f"{name} does not say which tokenizer it writes for; give it: load_pipeline({name!r}, tokenizer='vq-shapes')"
+        )
+    text = facts.get("text_encoder") if text_encoder is None else text_encoder
+    if not generator.is_text_conditional:
+        text = None
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load(tokenizer, device=device, dtype=dtype)
+    if isinstance(text, str | os.PathLike):
+        text = _load_text_encoder(os.fspath(text), device, dtype)
     return GenerationPipeline(
-        generator=load(name, device=device, dtype=dtype),
-        tokenizer=load(facts["tokenizer"], device=device, dtype=dtype),
+        generator=generator,
+        tokenizer=tokenizer,
         text_encoder=None if text is None else text.model,
         text_tokenizer=None if text is None else text.tokenizer,
         class_names=facts.get("class_names"),
         sampling=facts.get("sampling"),
+        image_size=facts.get("image_size"),
     )
+
+
+def _pipeline_facts(name: str, folder: Path | None) -> dict[str, Any]:
+    """What joins a generator with its tokenizer."""
+    if folder is not None:
+        file = folder / FACTS_FILE
+        return _read_facts(file) if file.is_file() else {}
+    if name in shipped():
+        return shipped()[name]
+    if name.removesuffix(TINY_SUFFIX) in SYSTEMS and name.endswith(TINY_SUFFIX):
+        return {"tokenizer": TINY_TOKENIZER}
+    if name in published():
+        facts = model_info(name)
+        if facts["config"].get("num_classes", 1000) == 1000 and "imagenet" in name:
+            facts["class_names"] = imagenet_class_names()
+        return facts
+    raise _unknown(name)
+
+
+def _load_text_encoder(name: str, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    """A text encoder by shipped name, folder or Hub id (transformers does the download)."""
+    if name in shipped() or Path(name).expanduser().is_dir():
+        return load(name, device=device, dtype=dtype)
+    import torch
+
+    from vistok.generators.text import TextEncoder
+
+    target = torch.device(device or "cpu")
+    if dtype is None and target.type == "cpu":
+        dtype = torch.float32
+    return TextEncoder.from_pretrained(name, dtype=dtype).to(target)
+
+
+@lru_cache(maxsize=1)
+def imagenet_class_names() -> list[str]:
+    """The 1,000 class names of ImageNet by label; a class has several, separated by commas ("tench, Tinca tinca")."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return [info.index_to_description(label) for label in range(info.num_classes())]

@@ -43,11 +43,14 @@ class Renderer:
         self.calls: list[dict[str, Any]] = []
         self.drawn = 0
 
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        self._progress_bar_config = settings
+
     def __call__(self, prompt: Any = None, class_labels: Any = None, **settings: Any) -> Any:
         self.calls.append(settings)
         scenes = []
         for number, draws in enumerate(settings["generator"]):
-            seed = draws.initial_seed() % 2**31
+            seed = draws.initial_seed()
             self.drawn += 1
             if prompt is not None:
                 scenes.append(scene_for(prompt[number], seed))

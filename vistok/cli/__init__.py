@@ -21,24 +21,26 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-    import click
+    import typer
 
     from vistok.cli.app import build
     from vistok.errors import VistokError
 
+    # Recent typer carries its own copy of click, so its errors are found through typer's own names.
+    click_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         result = build().main(args=given, prog_name="vistok", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as ending:
-        return ending.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return 2
-    except click.ClickException as error:
-        return _fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except typer.Exit as ending:
+        return int(ending.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         print("vistok: interrupted", file=sys.stderr)
         return 130
+    except click_error as error:
+        if not given:  # the help that a bare `vistok` shows
+            print(error.format_message(), file=sys.stderr)
+            return 2
+        return _fail(error.format_message())
     except (VistokError, OSError) as error:
         if debug:
             raise

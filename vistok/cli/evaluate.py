@@ -55,7 +55,7 @@ def evaluate(
     given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = {name: value for name, value in given.items() if value is not None}
     album = _Album()
-    with _progress() as on_progress:
+    with stages() as on_progress:
         shared: dict[str, Any] = {
             "extractor": None if fid == "none" else fid,
             "batch_size": batch_size,
@@ -125,20 +125,21 @@ class _Album:
 
 def _save_grid(images: Tensor, columns: int, path: Path) -> None:
     from PIL import Image
-    from torchvision.utils import make_grid
 
-    from vistok.files import atomic_path
+    from vistok.cli.pictures import grid_of, save_picture
 
-    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=2, pad_value=1.0)
-    pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    save_picture(grid_of([Image.fromarray(picture) for picture in pixels], columns), path)
 
 
 # -------------------------------------------------------------------------------------------------------------- screen
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with rate and time left on the error stream; silent when that is no terminal."""
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of a long run, with rate and time left, on stderr; silent when that is no terminal.
+
+    Yields:
+        `advance(what, done, total)`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

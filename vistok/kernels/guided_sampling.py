@@ -245,3 +245,193 @@ def _race_again_outside_nucleus(ids: Tensor, logits: Tensor, weights: Tensor, ra
         logits, weights, race, above = logits[outside], weights[outside], race[outside], above[outside]
         race.masked_fill_(~above, -1)
         ids[rows] = race.argmax(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Triton
+
+if triton is not None:
+
+    @triton.jit
+    def _load_logits(cond, uncond, column, vocabulary, scale, temperature, GUIDED: tl.constexpr):
+        """Guided and tempered logits of one row's columns: -infinity beyond the vocabulary, +infinity for NaN."""
+        inside = column < vocabulary
+        logits = tl.load(cond + column, mask=inside, other=0.0).to(tl.float32)
+        if GUIDED:
+            base = tl.load(uncond + column, mask=inside, other=0.0).to(tl.float32)
+            logits = base + scale * (logits - base)
+        logits = tl.where(logits != logits, float("inf"), logits / temperature)  # a maximum drops NaN: let it be seen
+        return tl.where(inside, logits, float("-inf"))
+
+    @triton.jit
+    def _ordered_key(logits):
+        """An int32 that orders as the float does; both zeros get one key."""
+        bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    @triton.jit
+    def _guided_sampling_kernel(
+        cond_logits,
+        uncond_logits,
+        exponential,
+        ids,
+        vocabulary,
+        cond_stride,
+        uncond_stride,
+        noise_stride,
+        scale,
+        temperature,
+        top_k,
+        top_p,
+        GUIDED: tl.constexpr,
+        SAMPLED: tl.constexpr,
+        HAS_TOP_K: tl.constexpr,
+        HAS_TOP_P: tl.constexpr,
+        TINY: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One row a program. Nothing is written but the token: a row's logits are read again from the cache each pass."""
+        row = tl.program_id(0).to(tl.int64)
+        cond = cond_logits + row * cond_stride
+        uncond = uncond_logits + row * uncond_stride
+        noise = exponential + row * noise_stride
+
+        # First pass: the best logit and its index, and the range of keys.
+        best = -float("inf")
+        chosen = 0
+        bad = 0
+        high = -2147483647
+        low = 2147483647
+        for start in range(0, vocabulary, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            logits = _load_logits(cond, uncond, column, vocabulary, scale, temperature, GUIDED)
+            block_best, block_id = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
+            if block_best > best:
+                best = block_best
+                chosen = start + block_id
+            if HAS_TOP_K:
+                key = _ordered_key(logits)
+                high = tl.maximum(high, tl.max(key, axis=0))
+                low = tl.minimum(low, tl.min(tl.where(column < vocabulary, key, 2147483647), axis=0))
+
+        usable = (best > -float("inf")) & (best < float("inf"))
+        best = tl.where(usable, best, 0.0)
+
+        if SAMPLED:
+            # Top-k: the largest key that at least k logits reach, by bisection over the bits of a float.
+            if HAS_TOP_K:
+                while low < high:
+                    middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
+                    reached = 0
+                    for start in range(0, vocabulary, BLOCK):
+                        column = start + tl.arange(0, BLOCK)
+                        logits = _load_logits(cond, uncond, column, vocabulary, scale, temperature, GUIDED)
+                        kept = (_ordered_key(logits) >= middle) & (column < vocabulary)
+                        reached += tl.sum(kept.to(tl.int32), axis=0)
+                    if reached >= top_k:
+                        low = middle
+                    else:
+                        high = middle - 1
+
+            # The race among the survivors of top-k, and their total weight.
+            fastest = -1.0
+            total = 0.0
+            for start in range(0, vocabulary, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                logits = _load_logits(cond, uncond, column, vocabulary, scale, temperature, GUIDED)
+                kept = column < vocabulary
+                if HAS_TOP_K:
+                    kept = kept & (_ordered_key(logits) >= low)
+                draws = tl.load(noise + column, mask=kept, other=1.0).to(tl.float32)
+                bad = tl.maximum(bad, tl.max((draws != draws).to(tl.int32), axis=0))
+                weights = tl.where(kept, tl.exp(logits - best), 0.0)
+                total += tl.sum(weights, axis=0)
+                race = tl.where(kept, weights / tl.where(draws > TINY, draws, TINY), -1.0)
+                block_best, block_id = tl.max(race, axis=0, return_indices=True, return_indices_tie_break_left=True)
+                if block_best > fastest:
+                    fastest = block_best
+                    chosen = start + block_id
+
+            # Top-p: a winner is in the nucleus if those ranked above it weigh no more than top_p of all. If not, they race
+            # again without it and everything below; the best token ends it. A NaN ends it too (the comparison is false).
+            if HAS_TOP_P:
+                outside = 1
+                while outside > 0:
+                    own_logit = tl.load(cond + chosen).to(tl.float32)
+                    if GUIDED:
+                        own_base = tl.load(uncond + chosen).to(tl.float32)
+                        own_logit = own_base + scale * (own_logit - own_base)
+                    own_logit = own_logit / temperature
+                    above_weight = 0.0
+                    fastest = -1.0
+                    runner_up = chosen
+                    for start in range(0, vocabulary, BLOCK):
+                        column = start + tl.arange(0, BLOCK)
+                        logits = _load_logits(cond, uncond, column, vocabulary, scale, temperature, GUIDED)
+                        above = (logits > own_logit) | ((logits == own_logit) & (column < chosen))
+                        draws = tl.load(noise + column, mask=above, other=1.0).to(tl.float32)
+                        weights = tl.where(above, tl.exp(logits - best), 0.0)
+                        above_weight += tl.sum(weights, axis=0)
+                        race = tl.where(above, weights / tl.where(draws > TINY, draws, TINY), -1.0)
+                        block_best, block_id = tl.max(
+                            race, axis=0, return_indices=True, return_indices_tie_break_left=True
+                        )
+                        if block_best > fastest:
+                            fastest = block_best
+                            runner_up = start + block_id
+                    outside = ((above_weight > top_p * total) & (runner_up != chosen)).to(tl.int32)
+                    if outside > 0:
+                        chosen = runner_up
+
+        tl.store(ids + row, tl.where(usable & (bad == 0), chosen, -1).to(tl.int64))
+
+
+def _check_sampling_triton(logits: Tensor, noise: Tensor | None, uncond_logits: Tensor | None, *settings: float) -> None:
+    check_triton(logits, noise, uncond_logits)
+
+
+def _launch_settings(vocabulary: int) -> dict[str, int]:
+    block = min(4096, max(128, 1 << (vocabulary - 1).bit_length()))
+    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+
+
+@_OP.backend("triton", check=_check_sampling_triton)
+def _triton(
+    logits: Tensor,
+    noise: Tensor | None,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Tensor:
+    ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if logits.shape[0] == 0:
+        return ids
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    # An absent tensor is never read: any pointer will do.
+    uncond = logits if uncond_logits is None else uncond_logits
+    uncond = uncond if uncond.stride(1) == 1 else uncond.contiguous()
+    draws = logits if noise is None else noise
+    draws = draws if draws.stride(1) == 1 else draws.contiguous()
+    with device_of(logits):
+        _guided_sampling_kernel[(logits.shape[0],)](
+            logits,
+            uncond,
+            draws,
+            ids,
+            logits.shape[1],
+            logits.stride(0),
+            uncond.stride(0),
+            draws.stride(0),
+            guidance_scale,
+            1.0 if noise is None else temperature,
+            top_k,
+            top_p,
+            GUIDED=uncond_logits is not None,
+            SAMPLED=noise is not None,
+            HAS_TOP_K=top_k > 0,
+            HAS_TOP_P=top_p < 1,
+            TINY=_TINY,
+            **_launch_settings(logits.shape[1]),
+        )
+    return ids

@@ -141,3 +141,99 @@ def _compiled(x: Tensor, codebook: Tensor) -> Tensor:
         scores = torch.addmm(half, x, codebook.t(), alpha=-1)
     valid = x.isfinite().all(dim=1) & half.isfinite().all()
     return torch.where(valid, scores.argmin(dim=1), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Triton
+
+if triton is not None:
+
+    @triton.jit
+    def _nearest_code_kernel(
+        x,
+        codebook,
+        half,
+        ids,
+        rows,
+        codes,
+        channels,
+        x_row_stride,
+        codebook_row_stride,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        ONE_SLICE: tl.constexpr,
+    ):
+        """BLOCK_N features a program; codes stream by, and the best score and index so far stay in registers."""
+        row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = tl.arange(0, BLOCK_D)
+        row_inside = row < rows
+        x_rows = x + row[:, None] * x_row_stride
+        best = tl.full([BLOCK_N], float("inf"), tl.float32)
+        best_id = tl.zeros([BLOCK_N], tl.int64)
+        if ONE_SLICE:
+            x_slice = tl.load(x_rows + column[None, :], mask=row_inside[:, None] & (column < channels)[None, :], other=0.0)
+            x_slice = x_slice.to(tl.float32)
+        for start in range(0, codes, BLOCK_K):
+            code = start + tl.arange(0, BLOCK_K)
+            code_inside = code < codes
+            code_rows = codebook + code.to(tl.int64)[None, :] * codebook_row_stride
+            dots = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            if ONE_SLICE:
+                mask = (column < channels)[:, None] & code_inside[None, :]
+                c_slice = tl.load(code_rows + column[:, None], mask=mask, other=0.0).to(tl.float32)
+                dots = tl.dot(x_slice, c_slice, dots, input_precision="ieee")  # TF32 would flip indices
+            else:
+                for first in range(0, channels, BLOCK_D):
+                    inside = first + column < channels
+                    x_mask = row_inside[:, None] & inside[None, :]
+                    c_mask = inside[:, None] & code_inside[None, :]
+                    x_part = tl.load(x_rows + (first + column)[None, :], mask=x_mask, other=0.0).to(tl.float32)
+                    c_part = tl.load(code_rows + (first + column)[:, None], mask=c_mask, other=0.0).to(tl.float32)
+                    dots = tl.dot(x_part, c_part, dots, input_precision="ieee")
+            scores = tl.load(half + code, mask=code_inside, other=float("inf"))[None, :] - dots
+            scores = tl.where(scores != scores, float("-inf"), scores)  # a minimum drops NaN: let it win and be seen
+            block_best, block_id = tl.min(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
+            closer = block_best < best  # strictly: the lower index wins
+            best = tl.where(closer, block_best, best)
+            best_id = tl.where(closer, start + block_id.to(tl.int64), best_id)
+        finite = (best > float("-inf")) & (best < float("inf"))
+        tl.store(ids + row, tl.where(finite, best_id, -1), mask=row_inside)
+
+
+def _check_nearest_triton(x: Tensor, codebook: Tensor) -> None:
+    check_triton(x, codebook)
+
+
+def _blocks(channels: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_K, BLOCK_D: the width a power of 2 and at least 16, as `tl.dot` asks; wide features in slices."""
+    width = max(16, 1 << (channels - 1).bit_length())
+    return (64, 128, width) if width <= 32 else (64, 64, min(width, 64))
+
+
+@_OP.backend("triton", check=_check_nearest_triton)
+def _triton(x: Tensor, codebook: Tensor) -> Tensor:
+    ids = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    if x.shape[0] == 0:
+        return ids
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codebook = codebook if codebook.stride(1) == 1 else codebook.contiguous()
+    half = _half_squared_norm(codebook.float())
+    block_n, block_k, block_d = _blocks(x.shape[1])
+    with device_of(x):
+        _nearest_code_kernel[(triton.cdiv(x.shape[0], block_n),)](
+            x,
+            codebook,
+            half,
+            ids,
+            x.shape[0],
+            codebook.shape[0],
+            x.shape[1],
+            x.stride(0),
+            codebook.stride(0),
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+            ONE_SLICE=x.shape[1] <= block_d,
+            num_warps=4,
+        )
+    return ids

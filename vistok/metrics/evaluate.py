@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,17 @@ from .reconstruction import psnr, ssim
 __all__ = [
     "HELD_OUT_SEED",
     "class_requests",
+    "describe_sampling",
     "evaluate_generator",
     "evaluate_tokenizer",
     "held_out_images",
+    "image_generators",
     "open_photograph",
     "photographs",
+    "reference_images",
     "relation_captions",
     "sample_images",
+    "sampler_settings",
     "single_captions",
 ]
 
@@ -256,6 +261,12 @@ def describe_sampling(sampling: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sampling.items()) or "the model's defaults"
 
 
+def image_generators(seed: int, start: int, stop: int) -> list[torch.Generator]:
+    """One generator for each of the pictures `start` to `stop - 1`; its draws depend on `seed` and the number alone."""
+    # torch's CPU generator reads 32 bits of a seed only; a prime step keeps the streams of near seeds apart.
+    return [torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32) for number in range(start, stop)]
+
+
 def sample_images(
     pipeline: Any,
     requests: Sequence[int] | Sequence[str],
@@ -281,17 +292,29 @@ def sample_images(
         float32 [B, 3, H, W] in [-1, 1].
     """
     parts = []
-    for chunk in _chunks(len(requests), batch_size):
-        asked = list(requests[chunk])
-        draws = [torch.Generator().manual_seed(seed * 2**32 + number) for number in range(chunk.start, chunk.stop)]
-        wanted: dict[str, Any] = {"prompt": asked} if isinstance(asked[0], str) else {"class_labels": asked}
-        images = pipeline(**wanted, generator=draws, output_type="pt", **(sampling or {})).images
-        parts.append(images.float().cpu() * 2 - 1)
-        if on_images is not None:
-            on_images(what, parts[-1])
-        if on_progress is not None:
-            on_progress(what, chunk.stop, len(requests))
+    with _without_bar(pipeline):
+        for chunk in _chunks(len(requests), batch_size):
+            asked = list(requests[chunk])
+            draws = image_generators(seed, chunk.start, chunk.stop)
+            wanted: dict[str, Any] = {"prompt": asked} if isinstance(asked[0], str) else {"class_labels": asked}
+            images = pipeline(**wanted, generator=draws, output_type="pt", **(sampling or {})).images
+            parts.append(images.float().cpu() * 2 - 1)
+            if on_images is not None:
+                on_images(what, parts[-1])
+            if on_progress is not None:
+                on_progress(what, chunk.stop, len(requests))
     return torch.cat(parts)
+
+
+@contextmanager
+def _without_bar(pipeline: Any) -> Iterator[None]:
+    """Silence the pipeline's own progress bar, which would start anew for every batch."""
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
 
 
 def reference_images(count: int, image_size: int, kind: str = "class", seed: int = REFERENCE_SEED) -> Tensor:

@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vistok.metrics.evaluate import (
     class_requests,
     describe_sampling,
     evaluate_generator,
+    image_generators,
     reference_images,
     sampler_settings,
 )
@@ -132,7 +133,7 @@ def _labels(count: int, pipeline: Any) -> Tensor:
 def _measure_steps(arms: Mapping[str, Any], settings: Mapping[str, Any], report: Report) -> None:
     rows, columns = report.settings["grid"]
     for arm, pipeline in arms.items():
-        steps = pipeline.generator.sample(_labels(1, pipeline), generator=_draws(0, 1), **settings[arm])
+        steps = pipeline.generator.sample(_labels(1, pipeline), generator=image_generators(0, 0, 1), **settings[arm])
         report.figures[arm]["steps"] = sum(1 for _ in steps)
     near, raster = (report.figures[arm]["steps"] for arm in ("NAR", "raster"))
     report.findings.append(
@@ -146,10 +147,6 @@ def _measure_steps(arms: Mapping[str, Any], settings: Mapping[str, Any], report:
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
-def _draws(seed: int, count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed * 2**32 + number) for number in range(count)]
-
-
 def _seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -178,7 +175,7 @@ def _measure_time(
             for arm, pipeline in arms.items():
                 device = pipeline.generator.device
                 labels = _labels(batch, pipeline)
-                draws = _draws(seed + repeat, batch)
+                draws = image_generators(seed + repeat, 0, batch)
                 generating, written = _seconds(
                     lambda p=pipeline, x=labels, d=draws, s=settings[arm]: p.generator.generate(x, generator=d, **s),
                     device,
@@ -309,7 +306,7 @@ def film_strip(pipeline: Any, settings: Mapping[str, Any], seed: int, label: int
     """How one picture grows: after each model call, the picture [3, H, W] in [-1, 1] with unwritten cells in grey."""
     labels = torch.tensor([label], device=pipeline.generator.device)
     frames = []
-    for step in pipeline.generator.sample(labels, generator=_draws(seed, 1), **settings):
+    for step in pipeline.generator.sample(labels, generator=image_generators(seed, 0, 1), **settings):
         grid = step.tokens.grid
         complete = VisualTokens(ids=step.tokens.ids, grid=grid)
         image = pipeline.tokenizer.decode(complete).float().cpu()[0].clamp(-1, 1)
@@ -322,11 +319,20 @@ def film_strip(pipeline: Any, settings: Mapping[str, Any], seed: int, label: int
     return frames
 
 
-def _show(axes: Any, image: Tensor, title: str = "") -> None:
-    axes.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
-    axes.set_xticks([])
+def _show(axes: Any, images: Sequence[Tensor], titles: Sequence[str], label: str) -> None:
+    """A row of pictures in one axes, each under its title."""
+    gap = 3
+    width = images[0].shape[-1]
+    row = torch.ones(3, images[0].shape[-2], len(images) * (width + gap) - gap)
+    for column, image in enumerate(images):
+        row[..., column * (width + gap) : column * (width + gap) + width] = image
+    axes.imshow(((row.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
+    axes.xaxis.tick_top()
+    axes.set_xticks([column * (width + gap) + width / 2 for column in range(len(images))][: len(titles)], titles)
     axes.set_yticks([])
-    axes.set_title(title, fontsize=8)
+    axes.tick_params(length=0, labelsize=9)
+    axes.set_ylabel(label, fontsize=10)
+    axes.spines[:].set_visible(False)
 
 
 def _draw(strips: Mapping[str, list[Tensor]], pictures: Mapping[str, Tensor], report: Report, path: Path) -> None:
@@ -341,22 +347,17 @@ def _draw(strips: Mapping[str, list[Tensor]], pictures: Mapping[str, Tensor], re
     # Six moments while NAR grows, then two more while the raster catches up.
     calls = [max(1, round(near * (number + 1) / (columns - 2))) for number in range(columns - 2)]
     calls += [round((near + raster) / 2), raster]
-    figure = Figure(figsize=(11, 8.4), layout="constrained")
+    figure = Figure(figsize=(11, 9))
     canvas = FigureCanvasAgg(figure)
-    layout = figure.add_gridspec(5, columns, height_ratios=(1, 1, 1, 1, 2.1))
+    rows = figure.add_gridspec(4, 1, left=0.04, right=0.99, bottom=0.37, top=0.97, hspace=0.22)
     for row, (arm, frames) in enumerate(strips.items()):
-        for column, call in enumerate(calls):
-            axes = figure.add_subplot(layout[row, column])
-            _show(axes, frames[min(call, len(frames)) - 1], f"{call} calls" if row == 0 else "")
-            if column == 0:
-                axes.set_ylabel(arm, fontsize=10)
+        titles = [f"{call} calls" for call in calls] if row == 0 else []
+        _show(figure.add_subplot(rows[row]), [frames[min(call, len(frames)) - 1] for call in calls], titles, arm)
     for row, (arm, images) in enumerate(pictures.items(), start=2):
-        for column in range(min(columns, len(images))):
-            axes = figure.add_subplot(layout[row, column])
-            label = class_requests(len(images))[column * 9 % len(images)]
-            _show(axes, images[column * 9 % len(images)], CLASS_NAMES[label] if row == 2 else "")
-            if column == 0:
-                axes.set_ylabel(f"{arm} samples", fontsize=10)
+        chosen = [column * 9 % len(images) for column in range(min(columns, len(images)))]
+        labels = class_requests(len(images))
+        titles = [CLASS_NAMES[labels[number]] for number in chosen] if row == 2 else []
+        _show(figure.add_subplot(rows[row]), [images[number] for number in chosen], titles, f"{arm} samples")
     figures = report.figures
     bars = {
         "model calls an image": {arm: figures[arm]["steps"] for arm in strips},
@@ -369,7 +370,7 @@ def _draw(strips: Mapping[str, list[Tensor]], pictures: Mapping[str, Tensor], re
             "real": figures["NAR"]["fid_of_real_scenes"]["value"],
         },
     }
-    lower = layout[4, :].subgridspec(1, len(bars))
+    lower = figure.add_gridspec(1, len(bars), left=0.04, right=0.99, bottom=0.07, top=0.32, wspace=0.3)
     for column, (title, values) in enumerate(bars.items()):
         axes = figure.add_subplot(lower[0, column])
         drawn = axes.bar(list(values), list(values.values()), color=[colours.get(arm, "#8a8a8a") for arm in values])
@@ -387,10 +388,13 @@ def _draw(strips: Mapping[str, list[Tensor]], pictures: Mapping[str, Tensor], re
             axes.errorbar(list(values), list(values.values()), errors, fmt="none", ecolor="black", capsize=4)
             axes.set_ylim(0, 109)
     fid = figures["NAR"]["fid"]
-    figure.supxlabel(
+    figure.text(
+        0.5,
+        0.015,
         f"{report.settings['num_samples']} samples; FID evaluator {fid['evaluator']}, {fid['reference_samples']} "
-        f"{fid['reference']}; bars at 95 %",
-        fontsize=7,
+        f"{fid['reference']}; error bars at 95 %",
+        fontsize=8,
+        ha="center",
     )
     with atomic_path(path) as temporary:
         canvas.print_png(str(temporary))

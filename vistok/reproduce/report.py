@@ -70,10 +70,14 @@ class Report:
         values["findings"] = [{**asdict(finding), "verdict": finding.verdict} for finding in self.findings]
         return values
 
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `NAME.json` (atomically)."""
         path = Path(folder) / f"{self.name}.json"
-        write_text_atomic(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text_atomic(path, self.to_json() + "\n")
         return path
 
     def __str__(self) -> str:

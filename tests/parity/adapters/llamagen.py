@@ -11,7 +11,7 @@ from tests.parity.adapters.replay import check_meta_model, recorded_draws, sampl
 from vistok.generators.llamagen import LlamaGen
 from vistok.kernels import filter_logits
 from vistok.nn import sampling
-from vistok.nn.text import TextCondition, left_pad
+from vistok.nn.text import TextCondition, clean_caption, left_pad
 
 SYSTEM = "llamagen"
 
@@ -142,7 +142,7 @@ CASES = {
     "gpt_c2i_generate": generate,
     "gpt_t2i_generate": generate,
     "sampling_filters": filters,
-    # "t5_clean_caption": captions,
+    "t5_clean_caption": captions,
 }
 
 PUBLISHED = {"c2i_B": "b.imagenet256", "c2i_L": "l.imagenet256", "c2i_XXL": "xxl.imagenet384", "c2i_3B": "3b.imagenet384"}

@@ -4,10 +4,11 @@
 2. Objects are the connected regions that differ from it; colours that touch are split.
 3. Of each region, the share of object colour in every pixel (its coverage) is compared with a bank of all shapes at all
    rotations, in a frame normalised by area and centroid.
-4. The best shapes are rendered and refined (centre, radius, rotation, edge width) by Gauss-Newton; least error wins.
+4. The best shapes are rendered and refined (centre, radius, rotation, blur) by Gauss-Newton; least error wins.
 5. Solving for the colour that explains the pixels best under that coverage gives colour and tone.
 
-The edge width is part of the fit, so blur, a lossy codec or a tokenizer cost confidence before they cost the answer.
+Blur is part of the fit and the expected energy of noise is taken off the error, so that blur, noise, a lossy codec or a
+tokenizer cost confidence before they cost the answer.
 
 Letters: B images, H, W image height and width, h, w height and width of a window around one object, S the working size.
 """
@@ -28,6 +29,8 @@ from scipy import ndimage
 from vistok.data.shapes.render import SIGNED_DISTANCES
 from vistok.data.shapes.scene import (
     COLOURS,
+    MAX_ROTATION,
+    RADIUS_RANGES,
     SHAPES,
     object_rgb,
     outline_extent,
@@ -46,7 +49,11 @@ _FAINTEST = 22.0  # least RGB distance from the background that counts as an obj
 _SMALLEST_AREA = 24  # pixels at the working size; the smallest sampled object covers 83
 _RADII = (0.085, 0.32)  # what may pass for an object, fraction of the side
 _ACCEPT_ERROR = 0.22  # share of coverage energy left unexplained above which a region is not an object
+_LEAST_CONFIDENCE = 0.02  # readings below this are nothing
 _TURNS = tuple(range(-30, 31, 5))
+_BLURS = (0.02, 0.1, 0.2)  # of the bank, in the same unit as its frame
+_NOISY = 4.0  # noise from which detection smooths first, with a Gaussian of one pixel
+_SMOOTHED = 0.3  # share of the noise that survives that
 _BANK_SIDE, _BANK_REACH = 24, 1.15  # the bank's frame, in units of the square root of the object's area
 
 
@@ -105,10 +112,18 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Layers:
-    """An image taken apart: `ground` [S, S, 3] is the fitted background, `difference` [S, S, 3] what the image adds."""
+    """An image taken apart.
+
+    Attributes:
+        ground: fitted background [S, S, 3].
+        difference: what the image adds to it [S, S, 3].
+        smooth: the same, smoothed where the image is noisy; detection looks at this.
+        noise: standard deviation of one channel of the background.
+    """
 
     ground: Array
     difference: Array
+    smooth: Array
     noise: float
 
 
@@ -168,13 +183,8 @@ def _pixels(image: ImageLike) -> Array:
 
 def _read(pixels: Array) -> Reading:
     layers = _take_apart(pixels)
-    difference, noise = layers.difference, layers.noise
-    distance = np.sqrt(np.einsum("hwc,hwc->hw", difference, difference))
-    if noise > 4.0:
-        smooth = ndimage.gaussian_filter(difference, (1.0, 1.0, 0.0))
-        distance = np.sqrt(np.einsum("hwc,hwc->hw", smooth, smooth))
-        noise *= 0.3
-    threshold = max(_FAINTEST, 4.5 * noise)
+    distance = np.sqrt(np.einsum("hwc,hwc->hw", layers.smooth, layers.smooth))
+    threshold = max(_FAINTEST, 4.5 * layers.noise * (_SMOOTHED if layers.noise > _NOISY else 1.0))
     # Half the contrast of the strongest pixel nearby is where an object's edge lies.
     regions = (distance > threshold) & (distance > 0.45 * ndimage.maximum_filter(distance, 5))
     labels, count = ndimage.label(regions)
@@ -192,11 +202,12 @@ def _read(pixels: Array) -> Reading:
         if not seen:
             stray += areas[number]
         found += seen
-    if not found:
-        return Reading((), 0.0)
-    found.sort(key=lambda item: -item.radius)
-    explained = 1.0 - stray / areas[1:].sum()
-    return Reading(tuple(found), min(item.confidence for item in found) * max(0.0, 2.0 * explained - 1.0))
+    # Beside a sure object, a far less sure one is an artefact.
+    surest = max((item.confidence for item in found), default=0.0)
+    found = sorted((item for item in found if item.confidence >= 0.2 * surest), key=lambda item: -item.radius)
+    explained = 1.0 - stray / float(areas[1:].sum())
+    confidence = min((item.confidence for item in found), default=0.0) * max(0.0, 2.0 * explained - 1.0)
+    return Reading(tuple(found), confidence) if confidence >= _LEAST_CONFIDENCE else Reading((), 0.0)
 
 
 # -------------------------------------------------------------------------------------------------- the background
@@ -234,7 +245,9 @@ def _take_apart(pixels: Array) -> _Layers:
         residual = flat - basis @ plane
     error = (residual[frame] ** 2).sum(1)
     noise = math.sqrt(float(np.median(error)) / 2.37)  # median of a chi-square with three degrees of freedom
-    return _Layers((flat - residual).reshape(pixels.shape), residual.reshape(pixels.shape), noise)
+    difference = residual.reshape(pixels.shape)
+    smooth = ndimage.gaussian_filter(difference, (1.0, 1.0, 0.0)) if noise > _NOISY else difference
+    return _Layers(pixels - difference, difference, smooth, noise)
 
 
 # ------------------------------------------------------------------------------------------------------ the regions
@@ -305,19 +318,31 @@ def _large_parts(mask: Array) -> list[Array]:
 
 # ---------------------------------------------------------------------------------------------------------- the fit
 def _cover(shape: str, x: Array, y: Array, parameters: Array) -> Array:
-    """Coverage [h, w] under parameters (centre x, centre y, log radius, rotation in radians, log edge width)."""
-    centre_x, centre_y, log_radius, angle, log_width = parameters
+    """Coverage [h, w] under parameters (centre x, centre y, log radius, rotation in radians, log blur)."""
+    centre_x, centre_y, log_radius, angle, log_blur = parameters.tolist()
     radius = math.exp(log_radius)
     cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
     across, up = x - np.float32(centre_x), np.float32(centre_y) - y
-    turned_x = across * np.float32(cos) + up * np.float32(sin)
-    turned_y = up * np.float32(cos) - across * np.float32(sin)
-    return np.clip(0.5 - SIGNED_DISTANCES[shape](turned_x, turned_y) * np.float32(radius / math.exp(log_width)), 0, 1)
+    turned_x = across * np.float32(cos) + (up * np.float32(sin))[:, None]
+    turned_y = (up * np.float32(cos))[:, None] - across * np.float32(sin)
+    step = float(x[1] - x[0])
+    sharp = np.clip(0.5 - SIGNED_DISTANCES[shape](turned_x, turned_y) * np.float32(radius / step), 0.0, 1.0)
+    blur = math.exp(log_blur)
+    if blur < 0.25 * step:
+        return sharp
+    return _gaussian(y, blur) @ sharp @ _gaussian(x, blur)
+
+
+def _gaussian(positions: Array, blur: float) -> Array:
+    """The matrix [n, n] that blurs a signal sampled at these positions; for windows of 30 pixels it beats a filter."""
+    apart = positions[:, None] - positions[None, :]
+    kernel = np.exp(apart * apart * np.float32(-0.5 / blur**2))
+    return kernel / kernel[len(kernel) // 2].sum()
 
 
 @dataclass(frozen=True)
 class _Bank:
-    """Normalised coverages [T, side * side] of every shape at every turn; area and centroid of each shape."""
+    """Normalised coverages [T, side * side] of every shape at every turn and blur; area and centroid of each shape."""
 
     templates: Array
     names: tuple[str, ...]
@@ -338,18 +363,18 @@ def _bank() -> _Bank:
         rows, columns = np.nonzero(inside)
         centroid[shape] = float(fine[columns].mean()), float(fine[rows].mean())
     frame = np.linspace(-_BANK_REACH, _BANK_REACH, _BANK_SIDE, dtype=np.float32)
-    x, y = np.meshgrid(frame, frame)
     templates, names, turns = [], [], []
     for shape in SHAPES:
+        radius = 1.0 / math.sqrt(area[shape])
         for turn in (0,) if shape in ("circle", "ring") else _TURNS:
-            radius, angle = 1.0 / math.sqrt(area[shape]), math.radians(turn)
+            angle = math.radians(turn)
             shift_x, shift_y = _turned(centroid[shape], angle, radius)
-            # An edge as wide as the smallest objects have at the working size.
-            parameters = np.array([-shift_x, -shift_y, math.log(radius), angle, math.log(0.12)])
-            template = _cover(shape, x, y, parameters).ravel()
-            templates.append(template / np.linalg.norm(template))
-            names.append(shape)
-            turns.append(angle)
+            for blur in _BLURS:
+                parameters = np.array([-shift_x, -shift_y, math.log(radius), angle, math.log(blur)])
+                template = _cover(shape, frame, frame, parameters).ravel()
+                templates.append(template / np.linalg.norm(template))
+                names.append(shape)
+                turns.append(angle)
     return _Bank(np.stack(templates), tuple(names), tuple(turns), area, centroid)
 
 
@@ -364,10 +389,11 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
     rows, columns = np.flatnonzero(own.any(1)), np.flatnonzero(own.any(0))
     top, bottom = max(0, rows[0] - 4), min(WORKING_SIZE, rows[-1] + 5)
     left, right = max(0, columns[0] - 4), min(WORKING_SIZE, columns[-1] + 5)
-    window = layers.difference[top:bottom, left:right]
-    ground = layers.ground[top:bottom, left:right]
+    window, smooth, ground = (
+        layer[top:bottom, left:right] for layer in (layers.difference, layers.smooth, layers.ground)
+    )
     own, others = own[top:bottom, left:right], others[top:bottom, left:right]
-    values = window[own]
+    values = smooth[own]
     length = np.sqrt((values * values).sum(1))
     # The object's colour, first guess: its strongest half, which excludes blended edges.
     colour = np.median((values + ground[own])[length >= np.median(length)], axis=0)
@@ -380,12 +406,14 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
     if others.any():
         weight = np.where(ndimage.binary_dilation(others, iterations=2) & ~own, 0.0, 1.0).astype(np.float32)
     # What belongs to the region, with its blended rim; other regions and background noise do not bias the moments.
-    part = np.clip(np.where(ndimage.binary_dilation(own, iterations=2), alpha, 0.0), 0.0, 1.0) * weight
+    part = np.einsum("hwc,hwc->hw", smooth, contrast) / strength
+    part = np.clip(np.where(ndimage.binary_dilation(own, iterations=2), part, 0.0), 0.0, 1.0) * weight
     area = float(part.sum())
     if area < _SMALLEST_AREA / 2:
         return None
-    y, x = np.mgrid[top:bottom, left:right].astype(np.float32) + np.float32(0.5)
-    centre_x, centre_y = float((part * x).sum()) / area, float((part * y).sum()) / area
+    x = np.arange(left, right, dtype=np.float32) + np.float32(0.5)
+    y = np.arange(top, bottom, dtype=np.float32) + np.float32(0.5)
+    centre_x, centre_y = float(part.sum(0) @ x) / area, float(part.sum(1) @ y) / area
 
     bank = _bank()
     unit = math.sqrt(area)
@@ -399,20 +427,22 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
         best.setdefault(bank.names[number], int(number))
     order = sorted(best, key=lambda shape: -likeness[best[shape]])
 
-    fits: list[tuple[float, str, Array]] = []
+    noise = layers.noise**2 * float((weight / strength).sum())  # energy that noise adds to the coverage
+    fits: list[tuple[float, float, str, Array]] = []
     for shape in order[:4]:
         if likeness[best[shape]] < likeness[best[order[0]]] - 0.12:
             break
         angle = bank.turns[best[shape]]
         radius = unit / math.sqrt(bank.area[shape])
         shift_x, shift_y = _turned(bank.centroid[shape], angle, radius)
-        start = np.array([centre_x - shift_x, centre_y - shift_y, math.log(radius), angle, 0.2])
-        fits.append(_refine(shape, x, y, alpha, weight, start))
-        if fits[0][0] < 0.004:
+        start = np.array([centre_x - shift_x, centre_y - shift_y, math.log(radius), angle, math.log(0.5)])
+        error, parameters = _refine(shape, x, y, alpha, weight, start, noise)
+        fits.append(((error + 0.002) * _unusual(parameters), error, shape, parameters))
+        if fits[0][0] < 0.005:
             break  # a clean render: no other shape comes near
     second = 1.0 - float(likeness[best[order[len(fits)]]]) ** 2 if len(fits) < len(order) else 1.0
     fits.sort(key=lambda fit: fit[0])
-    error, shape, parameters = fits[0]
+    _, error, shape, parameters = fits[0]
     runner_up = min([second, *(fit[0] for fit in fits[1:])])
 
     radius = math.exp(parameters[2]) / WORKING_SIZE
@@ -422,9 +452,10 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
     rgb = (cover * (window + cover * ground)).sum((0, 1)) / float((cover * cover).sum() + 1e-6)
     name, tone, far = _nearest_colour(rgb)
     turn = 0.0 if shape in ("circle", "ring") else math.degrees(parameters[3])
-    clear = 1.0 - error / (max(runner_up, error) + 1e-6)
+    clear = 1.0 - fits[0][0] / max(runner_up, fits[0][0])
+    grain = layers.noise**2 / float(strength.mean())
     fitting = max(0.0, 1.0 - error / _ACCEPT_ERROR)
-    confidence = fitting * (0.4 + 0.6 * min(1.0, 1.5 * clear)) * math.exp(-((far / 60.0) ** 2))
+    confidence = fitting * (0.4 + 0.6 * min(1.0, 1.5 * clear)) * math.exp(-((far / 60.0) ** 2)) / (1.0 + 4.0 * grain)
     seen = SeenObject(
         shape=shape,
         colour=name,
@@ -435,7 +466,7 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
         rotation=turn,
         centre=(float(parameters[0]) / WORKING_SIZE, float(parameters[1]) / WORKING_SIZE),
         rgb=(float(rgb[0]), float(rgb[1]), float(rgb[2])),
-        confidence=confidence,
+        confidence=float(confidence),
     )
     return seen, error
 
@@ -457,22 +488,37 @@ def _nearest_colour(rgb: Array) -> tuple[str, float, float]:
     return names[nearest], float(tones[nearest]), float(distance[nearest])
 
 
-def _refine(shape: str, x: Array, y: Array, alpha: Array, weight: Array, start: Array) -> tuple[float, str, Array]:
-    """Damped Gauss-Newton on the parameters of `_cover`, the amplitude of the coverage solved in closed form."""
+def _unusual(parameters: Array) -> float:
+    """Factor on the error, from 1, for sizes and rotations that no sampled object has."""
+    radius = math.exp(parameters[2]) / WORKING_SIZE
+    smallest, largest = RADIUS_RANGES["small"][0], RADIUS_RANGES["large"][1]
+    beyond = max(0.0, smallest - radius, radius - largest) / 0.03
+    beyond += max(0.0, abs(math.degrees(parameters[3])) - MAX_ROTATION) / 12.0
+    return 1.0 + beyond
+
+
+def _refine(
+    shape: str, x: Array, y: Array, alpha: Array, weight: Array, start: Array, noise: float
+) -> tuple[float, Array]:
+    """Damped Gauss-Newton on the parameters of `_cover`, the amplitude of the coverage solved in closed form.
+
+    Returns the share of coverage energy left unexplained, beyond what noise explains, and the parameters.
+    """
     free = [0, 1, 2, 4] if shape in ("circle", "ring") else [0, 1, 2, 3, 4]
     steps = np.array([0.05, 0.05, 0.005, 0.01, 0.05])
     energy = float((weight * alpha * alpha).sum()) + 1e-6
+    target = weight * alpha
 
     def residual(parameters: Array) -> Array:
         cover = _cover(shape, x, y, parameters) * weight
         amplitude = float((cover * alpha).sum()) / (float((cover * cover).sum()) + 1e-6)
-        return (weight * alpha - np.float32(np.clip(amplitude, 0.5, 1.6)) * cover).ravel()
+        return (target - np.float32(min(max(amplitude, 0.5), 1.6)) * cover).ravel()
 
     parameters = start.copy()
     now = residual(parameters)
     error = float(now @ now)
     damping = 1e-3
-    for _ in range(8):
+    for _ in range(10):
         columns = []
         for number in free:
             moved = parameters.copy()
@@ -482,8 +528,7 @@ def _refine(shape: str, x: Array, y: Array, alpha: Array, weight: Array, start: 
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ now
         moved = parameters.copy()
         moved[free] -= np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-3), gradient)
-        moved[4] = min(max(moved[4], -0.3), 1.8)
-        moved[2] = min(max(moved[2], 1.2), 3.4)
+        moved = np.clip(moved, _LOWEST, _HIGHEST)
         after = residual(moved)
         error_after = float(after @ after)
         if error_after < error:
@@ -496,4 +541,9 @@ def _refine(shape: str, x: Array, y: Array, alpha: Array, weight: Array, start: 
             damping *= 10.0
             if damping > 10.0:
                 break
-    return error / energy, shape, parameters
+    return max(0.0, error - noise) / max(energy - noise, 0.2 * energy), parameters
+
+
+# Bounds of the parameters of `_cover` during refinement: pixels, log pixels, radians, log pixels.
+_LOWEST = np.array([0.0, 0.0, math.log(0.06 * WORKING_SIZE), math.radians(-40), math.log(0.2)])
+_HIGHEST = np.array([WORKING_SIZE, WORKING_SIZE, math.log(0.4 * WORKING_SIZE), math.radians(40), math.log(3.0)])

@@ -1,0 +1,141 @@
+"""The command line: what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vistok.cli import main
+from vistok.tokenizers.vq import VQModel
+from vistok.tokens import VisualTokens
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    VQModel.tiny().save_pretrained(tmp_path / "vq")
+    return str(tmp_path / "vq")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (37, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_help_loads_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys\nfrom vistok.cli import main\nmain(['--help'])\n"
+        "print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split("LOADED")[1].split())
+    assert not loaded & {"torch", "numpy", "diffusers", "transformers", "PIL"}
+    for command in ("generate", "models", "encode", "decode", "reconstruct", "train", "evaluate", "reproduce", "env"):
+        assert command in run.stdout
+
+
+def test_python_dash_m_runs_the_same_command() -> None:
+    run = subprocess.run([sys.executable, "-m", "vistok", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("vistok ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["generate"],
+        ["generate", "a red circle", "--class", "3"],
+        ["generate", "a red circle", "--num-images", "0"],
+        ["generate", "a red circle", "--model", "nar-shpes"],
+        ["models", "zzz*"],
+        ["reconstruct", "absent.png"],
+        ["decode", "absent.safetensors"],
+        ["reproduce", "absent"],
+        ["train", "absent.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_exit_code_two(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("vistok: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_encode_then_decode(tokenizer: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "tokens.safetensors", tmp_path / "back.png"
+    assert main(["encode", str(photo), "--model", tokenizer, "--size", "32", "-o", str(file), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    tokens = VisualTokens.load(file)
+    assert facts["grid"] == list(tokens.grid)
+    assert facts["tokens_per_image"] == tokens.num_tokens
+    assert main(["decode", str(file), "--model", tokenizer, "-o", str(picture)]) == 0
+    assert Image.open(picture).size == (32, 32)
+
+
+def test_pictures_of_several_sizes_need_a_size(
+    tokenizer: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
+    file = str(tmp_path / "t.safetensors")
+    assert main(["encode", str(photo), str(tmp_path / "other.png"), "--model", tokenizer, "-o", file]) == 2
+    assert "--size" in capsys.readouterr().err
+
+
+def test_reconstruct_keeps_any_size(
+    tokenizer: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    assert main(["reconstruct", str(photo), "--model", tokenizer, "-o", str(out), "--json"]) == 0
+    assert Image.open(out).size == (50, 37)
+    assert json.loads(capsys.readouterr().out)["psnr"] > 0
+
+
+def test_pictures_need_an_image_suffix(
+    tokenizer: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reconstruct", str(photo), "--model", tokenizer, "-o", str(tmp_path / "out.txt")]) == 2
+    assert "suffix" in capsys.readouterr().err
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_data_preview_writes_the_scenes_of_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    assert main(["data", "preview", "-n", "4", "--seed", "3", "-o", str(first)]) == 0
+    printed = capsys.readouterr().out
+    assert main(["data", "preview", "-n", "4", "--seed", "3", "-o", str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+    assert printed.count("\n") == 5
+
+
+def test_models_and_env_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "nar-*.imagenet256", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in entries} >= {"nar-b.imagenet256", "nar-xxl.imagenet256"}
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__.split("+")[0]
+
+
+def test_ctrl_c_ends_in_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from vistok import hub
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "list_models", interrupted)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "vistok: interrupted\n"
