@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vistok.data.shards import write_shards
 from vistok.data.shapes import render, sample_scene
+from vistok.data.shards import write_shards
 from vistok.errors import InvalidInputError
 from vistok.tokens import VisualTokens
 from vistok.training.recipe import FolderRecipe, ShapesImagesRecipe, ShapesTokensRecipe, ShardsRecipe

@@ -17,8 +17,8 @@ from torch.nn import functional
 from vistok.errors import InvalidInputError
 from vistok.nn import sampling
 from vistok.nn.cache import KVCache
-from vistok.nn.llama import ConditionalLlama, check_grid, token_loss
-from vistok.nn.sampling import Generators, Step
+from vistok.nn.llama import ConditionalLlama, SamplingRun, caption_mask, token_loss
+from vistok.nn.sampling import Generators, Step, TokenChecks
 from vistok.nn.text import TextCondition
 from vistok.registry import Published
 from vistok.tokens import VisualTokens
@@ -168,7 +168,7 @@ class LlamaGen(ConditionalLlama):
 
     @classmethod
     def tiny(cls, **overrides: Any) -> LlamaGen:
-        """Random weights, builds in milliseconds: a 4x4 grid of 64 codes and 10 classes."""
+        """Random weights in eval mode, builds in milliseconds: a 4x4 grid of 64 codes and 10 classes."""
         arguments: dict[str, Any] = {
             "vocab_size": 64,
             "hidden_size": 32,
@@ -178,13 +178,15 @@ class LlamaGen(ConditionalLlama):
             "num_classes": 10,
             "grid": (4, 4),
         }
-        return cls(**{**arguments, **overrides})
+        return cls(**{**arguments, **overrides}).eval()
 
     @classmethod
     def diagnose_official(cls, missing: list[str], unexpected: list[str]) -> str | None:
         """Recognise NAR's files."""
         if any(key.startswith("medusa_") for key in unexpected):
-            return "this is a NAR checkpoint: it has a vertical head (medusa_*) that LlamaGen does not have; load it with NAR."
+            return (
+                "this is a NAR checkpoint: it has a vertical head (medusa_*), which LlamaGen lacks; load it with NAR."
+            )
         return None
 
     # ------------------------------------------------------------------------------------------------------ network
@@ -221,11 +223,7 @@ class LlamaGen(ConditionalLlama):
         rotation = self.rotation_table(self.grid)[:length]
         mask = None
         if text is not None and text.mask is not None:
-            positions = torch.arange(length, device=x.device)
-            closed = torch.ones(len(ids), length, dtype=torch.bool, device=x.device)
-            closed[:, :total] = text.mask
-            mask = (positions[:, None] >= positions) & closed[:, None]
-            mask = (mask | (positions[:, None] == positions))[:, None]
+            mask = caption_mask(torch.cat([text.mask, text.mask.new_ones(len(ids), length - total)], dim=1))
         (hidden,) = self.hidden_states(x, rotation, mask, mask is None, None)
         return self.output(hidden[:, total - 1 :]).float()
 
@@ -242,7 +240,6 @@ class LlamaGen(ConditionalLlama):
         return {"loss": token_loss(logits, ids, batch.get("valid"))}
 
     # ----------------------------------------------------------------------------------------------------- sampling
-    @torch.no_grad()
     def sample(
         self,
         condition: Tensor | TextCondition,
@@ -256,7 +253,10 @@ class LlamaGen(ConditionalLlama):
         grid: tuple[int, int] | None = None,
         prefix: VisualTokens | None = None,
     ) -> Iterator[Step]:
-        """Write images token by token.
+        """Write images token by token in raster order.
+
+        A step attends over what is written so far, without a mask (captions of different lengths keep one for their
+        padding). Guidance acts on the last hidden state; the unconditional rows are dropped when it ends.
 
         Args:
             condition: class labels int64 [B], or a `TextCondition`.
@@ -265,78 +265,68 @@ class LlamaGen(ConditionalLlama):
                 index 0); None guides all.
             temperature: divides the logits; 0 is greedy.
             top_k: keep the k best tokens; 0 keeps all.
-            top_p: then keep the smallest set with this probability.
+            top_p: then keep the smallest set with this probability; 1 keeps all.
             generator: one for all images, or one an image (each image then does not depend on the others).
             grid: (rows, cols) to write; None is the training grid.
-            prefix: known tokens, a raster prefix of the grid (`mask` True at known cells), which are kept.
+            prefix: known tokens, which are kept: the first ones of the grid in raster order, as whole rows (tokens on a
+                grid with fewer rows) or by the `mask` of tokens on the grid itself.
 
         Yields:
             A `Step` for every token that had to be written.
 
         Raises:
-            InvalidInputError: an argument out of range; InvalidOutputError: NaN logits.
+            InvalidInputError: at once, if an argument is out of range.
+            InvalidOutputError: NaN logits (with CUDA, after the last step).
         """
-        sampling.check_sampling(guidance_scale, guidance_interval, temperature, top_k, top_p)
-        condition = self.check_condition(condition)
-        batch = len(condition)
-        grid = self.grid if grid is None else check_grid(grid)
-        size, total = grid[0] * grid[1], self.num_condition_tokens
-        ids, known = self.known_tokens(prefix, batch, grid)
+        condition, grid, ids, known = self.check_sampling(
+            condition,
+            grid,
+            prefix,
+            guidance_scale,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
         start = int(known.sum())
         if not bool(known[:start].all()):
             raise InvalidInputError(
-                "LlamaGen continues raster prefixes: the known tokens must be the first ones of the grid"
+                "LlamaGen continues raster prefixes: the known tokens must be the first ones of the grid, row by row"
             )
-        guided = guidance_scale > 1.0
-        hidden_states, cache, visible = self.prefill(condition, total + size, guided)
-        hidden = hidden_states[0]
-        rotation = self.rotation_table(grid)[total:]
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        return self._write(condition, ids, start, grid, guidance_scale, guidance_interval, choice)
+
+    @torch.no_grad()
+    def _write(
+        self,
+        condition: Tensor | TextCondition,
+        ids: Tensor,
+        start: int,
+        grid: tuple[int, int],
+        guidance_scale: float,
+        guidance_interval: int | None,
+        choice: Mapping[str, Any],
+    ) -> Iterator[Step]:
+        batch, size = ids.shape
+        if start == size:
+            return
+        run = SamplingRun(self, condition, size, guidance_scale)
+        checks = TokenChecks(ids.device)
+        rotation = self.rotation_table(grid)[self.num_condition_tokens :]
         head = self.output.weight.float()
-        bad = torch.zeros((), dtype=torch.bool, device=ids.device)
+        known = torch.arange(size, device=ids.device) < start
         if start:
-            hidden = self._feed(ids[:, :start], 0, rotation, cache, visible, guided)[:, -1:]
-        steps = size - start
-        for index, position in enumerate(range(start, size)):
-            if guided and guidance_interval is not None and position - 1 > guidance_interval:
-                guided, hidden = False, hidden[:batch]
-                cache.select_rows(slice(0, batch))
-                visible = None if visible is None else visible[:batch]
-            features = hidden.float()
-            if guided:
-                cond, uncond = features.chunk(2)
-                features = torch.lerp(uncond, cond, guidance_scale)
-            logits = functional.linear(features, head)
-            chosen = sampling.choose_tokens(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
-            if chosen.is_cuda:
-                bad |= (chosen < 0).any()  # read once at the end: no step waits for the GPU
-                chosen = chosen.clamp_min(0)
-            else:
-                sampling.raise_if_invalid(chosen)
+            causal = torch.ones(start, start, dtype=torch.bool, device=ids.device).tril()
+            run.feed(ids[:, :start], rotation[:start], causal)
+        for position in range(start, size):
+            if guidance_interval is not None and position - 1 > guidance_interval:
+                run.end_guidance()
+            logits = functional.linear(run.guide(run.hidden[0][:, -1:]), head)
+            chosen = checks(sampling.choose_tokens(logits, **choice), last=position + 1 == size)
             ids[:, position : position + 1] = chosen
             known[position] = True
-            if index + 1 == steps and bool(bad):
-                sampling.raise_if_invalid(-torch.ones_like(chosen))
-            tokens = VisualTokens(ids=ids.clone(), grid=grid, mask=known.expand(batch, -1).clone())
-            yield Step(index, steps, tokens, torch.tensor([position]))
+            tokens = VisualTokens(ids=ids.clone(), grid=grid, mask=known.repeat(batch, 1))
+            yield Step(position - start, size - start, tokens, torch.tensor([position]))
             if position + 1 < size:
-                hidden = self._feed(chosen, position, rotation, cache, visible, guided)
-
-    def _feed(
-        self, ids: Tensor, position: int, rotation: Tensor, cache: KVCache, visible: Tensor | None, guided: bool
-    ) -> Tensor:
-        """Hidden states [R, S, D] after tokens [B, S] from raster position `position` on."""
-        count = ids.shape[1]
-        x = self.tok_embeddings(ids)
-        if guided:
-            x = torch.cat([x, x])
-        mask = None if visible is None else visible[..., : cache.length + count]
-        if count > 1:
-            order = torch.ones(count, cache.length + count, dtype=torch.bool, device=x.device).tril(cache.length)
-            mask = order if mask is None else mask & order
-        return self.hidden_states(x, rotation[position : position + count], mask, False, cache)[0]
-
-    def generate(self, condition: Tensor | TextCondition, **settings: Any) -> VisualTokens:
-        """All tokens at once: the last step of `sample`, which documents the settings."""
-        return sampling.finish(self.sample(condition, **settings), settings.get("prefix"))
+                run.feed(chosen, rotation[position : position + 1])

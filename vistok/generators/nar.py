@@ -1,7 +1,7 @@
 """NAR: neighbouring autoregressive modelling; a grid of tokens grows from its top left corner, one diagonal a step.
 
-Each token is predicted by its left neighbour through a horizontal head and by its upper neighbour through a vertical head;
-where both exist their logits are averaged. A grid of R x C tokens takes R + C - 1 model calls.
+Each token is predicted by its left neighbour through a horizontal head and by its upper neighbour through a vertical
+head; where both exist their logits are averaged. A grid of 16 x 16 tokens takes 31 model calls.
 
 Source: He et al., "Neighboring Autoregressive Modeling for Efficient Visual Generation" (arXiv 2503.10696).
 Letters: B images, T condition tokens, N image tokens, L = T + N positions, S tokens of a diagonal, D channels, V codes.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -22,14 +23,14 @@ from torch.nn import functional
 from vistok.errors import InvalidInputError
 from vistok.nn import sampling
 from vistok.nn.cache import KVCache
-from vistok.nn.llama import ConditionalLlama, check_grid, token_loss
+from vistok.nn.llama import ConditionalLlama, SamplingRun, token_loss
 from vistok.nn.norms import RMSNorm
-from vistok.nn.sampling import Generators, Step
+from vistok.nn.sampling import Generators, Step, TokenChecks
 from vistok.nn.text import TextCondition
 from vistok.registry import Published
 from vistok.tokens import VisualTokens
 
-__all__ = ["NAR", "Diagonals"]
+__all__ = ["NAR", "Diagonals", "diagonals_of"]
 
 # name -> (layers, width, heads)
 SIZES = {
@@ -99,13 +100,13 @@ def _published() -> dict[str, Published]:
 
 @dataclass(frozen=True)
 class Diagonals:
-    """The decoding order of a grid: diagonal by diagonal, rows ascending inside each.
+    """The decoding order of a grid: diagonal by diagonal, rows ascending inside each. Get one from `diagonals_of`.
 
     Attributes:
         order: int64 [N], raster position of each decoding position.
         starts: decoding position at which each diagonal starts, and N at the end.
-        left, above: int64 [N], for each decoding position the decoding position of its left and of its upper neighbour; -1
-            (the last condition position) where there is none.
+        left, above: int64 [N], for each decoding position the decoding position of its left and of its upper neighbour;
+            -1 (the last condition position) where there is none.
         left_weight, above_weight: float [N, 1], share of the horizontal and of the vertical head.
         number: int64 [N], diagonal of each decoding position.
     """
@@ -119,17 +120,14 @@ class Diagonals:
     number: Tensor
 
     @classmethod
-    @lru_cache(maxsize=16)
-    def of(cls, grid: tuple[int, int], device: torch.device) -> Diagonals:
-        """The order of a (rows, cols) grid; kept for the last few grids."""
+    def build(cls, grid: tuple[int, int], device: torch.device) -> Diagonals:
+        """The order of a (rows, cols) grid."""
         rows, cols = grid
-        row = torch.arange(rows).repeat_interleave(cols)
-        col = torch.arange(cols).repeat(rows)
+        row = torch.arange(rows, device="cpu").repeat_interleave(cols)
+        col = torch.arange(cols, device="cpu").repeat(rows)
         order = torch.argsort((row + col) * rows + row)
         row, col = row[order], col[order]
-        place = torch.empty(rows * cols, dtype=torch.int64)
-        place[order] = torch.arange(rows * cols)
-        place = place.view(rows, cols)
+        place = torch.argsort(order).view(rows, cols)
         left = torch.where(col > 0, place[row, (col - 1).clamp_min(0)], -1)
         above = torch.where(row > 0, place[(row - 1).clamp_min(0), col], -1)
         # The first token is the mean of both heads at the condition; on the borders one head speaks alone.
@@ -148,17 +146,28 @@ class Diagonals:
             number.to(device),
         )
 
-    def mask(self, num_condition_tokens: int) -> Tensor:
+    def mask(self, num_condition_tokens: int = 0) -> Tensor:
         """Proximity-aware causal mask in decoding order, bool [L, L]: True where a query may see a key.
 
         Image tokens see the whole condition and every diagonal up to their own; condition tokens are causal.
         """
-        diagonal = torch.cat([self.number.new_full((num_condition_tokens,), -1), self.number])
-        mask = diagonal[:, None] >= diagonal
-        mask[:num_condition_tokens, :num_condition_tokens] = mask.new_ones(
-            num_condition_tokens, num_condition_tokens
-        ).tril()
-        return mask
+        condition = torch.arange(-num_condition_tokens, 0, device=self.number.device)
+        rank = torch.cat([condition, self.number])
+        return rank[:, None] >= rank
+
+
+@lru_cache(maxsize=16)
+def diagonals_of(grid: tuple[int, int], device: torch.device) -> Diagonals:
+    """The decoding order of a (rows, cols) grid; the last few are kept."""
+    with torch.inference_mode(False):  # what is made while sampling must serve training, too
+        return Diagonals.build(grid, device)
+
+
+@lru_cache(maxsize=16)
+def proximity_mask(grid: tuple[int, int], num_condition_tokens: int, device: torch.device) -> Tensor:
+    """`Diagonals.mask` of a grid; the last few are kept."""
+    with torch.inference_mode(False):
+        return diagonals_of(grid, device).mask(num_condition_tokens)
 
 
 class NAR(ConditionalLlama):
@@ -244,7 +253,7 @@ class NAR(ConditionalLlama):
 
     @classmethod
     def tiny(cls, **overrides: Any) -> NAR:
-        """Random weights, builds in milliseconds: a 4x4 grid of 64 codes and 10 classes."""
+        """Random weights in eval mode, builds in milliseconds: a 4x4 grid of 64 codes and 10 classes."""
         arguments: dict[str, Any] = {
             "vocab_size": 64,
             "hidden_size": 32,
@@ -254,7 +263,7 @@ class NAR(ConditionalLlama):
             "num_classes": 10,
             "grid": (4, 4),
         }
-        return cls(**{**arguments, **overrides})
+        return cls(**{**arguments, **overrides}).eval()
 
     @classmethod
     def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,14 +283,18 @@ class NAR(ConditionalLlama):
             for key, value in state.items()
         }
 
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict under the authors' names, which `from_official` reads back."""
+        return {
+            "medusa_" + key.removeprefix("vertical_") if key.startswith("vertical_") else key: value
+            for key, value in self.state_dict().items()
+        }
+
     @classmethod
     def diagnose_official(cls, missing: list[str], unexpected: list[str]) -> str | None:
         """Recognise LlamaGen's files."""
-        if {"vertical_norm.weight", "vertical_output.weight"} <= set(missing):
-            return (
-                "this is a LlamaGen checkpoint: the vertical head (medusa_norm, medusa_output) is missing; "
-                "load it with LlamaGen."
-            )
+        if "vertical_output.weight" in missing and not {"tok_embeddings.weight", "output.weight"} & set(missing):
+            return "this is a LlamaGen checkpoint: the vertical head (medusa_*) is missing; load it with LlamaGen."
         return None
 
     # ------------------------------------------------------------------------------------------------------ network
@@ -315,7 +328,7 @@ class NAR(ConditionalLlama):
             float32 [B, N, V] in raster order.
         """
         logits = self._ordered_logits(ids, condition, generator)
-        diagonals = Diagonals.of(self.grid, ids.device)
+        diagonals = diagonals_of(self.grid, ids.device)
         return logits[:, torch.argsort(diagonals.order)]
 
     def _ordered_logits(
@@ -323,22 +336,20 @@ class NAR(ConditionalLlama):
     ) -> Tensor:
         """`forward` in decoding order: sorted by diagonal, the mask is block-causal."""
         total = self.num_condition_tokens
-        diagonals = Diagonals.of(self.grid, ids.device)
+        diagonals = diagonals_of(self.grid, ids.device)
         drop = self.condition_drop(len(ids), generator)
         text = condition if isinstance(condition, TextCondition) else None
         x = self.cls_embedding(condition if text is None else text.features, drop)
         x = self.tok_dropout(torch.cat([x, self.tok_embeddings(ids[:, diagonals.order])], dim=1))
         table = self.rotation_table(self.grid)
         rotation = torch.cat([table[:total], table[total:][diagonals.order]])
-        mask = diagonals.mask(total)
+        mask = proximity_mask(self.grid, total, ids.device)
         if text is not None and text.mask is not None:
-            visible = torch.ones(len(ids), len(mask), dtype=torch.bool, device=ids.device)
-            visible[:, :total] = text.mask
-            # The authors close caption columns by the causal rule also for image rows, which all come later.
+            visible = torch.cat([text.mask, text.mask.new_ones(ids.shape)], dim=1)
             mask = (mask & visible[:, None]) | torch.eye(len(mask), dtype=torch.bool, device=ids.device)
             mask = mask[:, None]
         horizontal, vertical = self.hidden_states(x, rotation, mask, False, None)
-        # Mixing the inputs of the heads equals mixing their logits: one product over rows that are needed, none thrown away.
+        # Mixing the inputs of the heads equals mixing their logits: one product, over the rows that are needed.
         left = horizontal.index_select(1, diagonals.left + total) * diagonals.left_weight.to(x.dtype)
         above = vertical.index_select(1, diagonals.above + total) * diagonals.above_weight.to(x.dtype)
         weight = torch.cat([self.output.weight, self.vertical_output.weight], dim=1)
@@ -354,11 +365,10 @@ class NAR(ConditionalLlama):
         """
         condition, ids = self.batch_condition(batch)
         logits = self._ordered_logits(ids, condition, generator)
-        targets = ids[:, Diagonals.of(self.grid, ids.device).order]
+        targets = ids[:, diagonals_of(self.grid, ids.device).order]
         return {"loss": token_loss(logits, targets, batch.get("valid"))}
 
     # ----------------------------------------------------------------------------------------------------- sampling
-    @torch.no_grad()
     def sample(
         self,
         condition: Tensor | TextCondition,
@@ -374,95 +384,94 @@ class NAR(ConditionalLlama):
     ) -> Iterator[Step]:
         """Grow images diagonal by diagonal.
 
-        Keys and values are cached in decoding order, so what a diagonal may see is the filled prefix of the cache and no mask
-        exists (captions keep one for their padding). Guidance and the mix of the two heads act on hidden states, before one
-        product with both heads; the unconditional rows are dropped when guidance ends.
+        Keys and values are cached in decoding order, so what a diagonal may see is the filled prefix of the cache and
+        no mask exists (captions of different lengths keep one for their padding). Guidance and the mix of the two heads
+        act on hidden states, before one product with both heads; the unconditional rows are dropped when guidance ends.
 
         Args:
             condition: class labels int64 [B], or a `TextCondition`.
             guidance_scale: u + s (c - u) on the hidden states (the heads are linear); up to 1 is no guidance.
-            guidance_interval: guidance ends before the first diagonal that more than this many tokens precede; None guides all.
+            guidance_interval: guidance ends before the first diagonal that more than this many tokens precede; None
+                guides all.
             temperature: divides the logits; 0 is greedy.
             top_k: keep the k best tokens; 0 keeps all.
-            top_p: then keep the smallest set with this probability.
+            top_p: then keep the smallest set with this probability; 1 keeps all.
             generator: one for all images, or one an image (each image then does not depend on the others).
             grid: (rows, cols) to write; None is the training grid.
-            prefix: known tokens to grow from (`mask` True at known cells): any region that contains the left and the upper
-                neighbour of each of its cells, such as a rectangle in the top left corner.
+            prefix: known tokens to grow from, which are kept: a rectangle in the top left corner (tokens on a smaller
+                grid), or any region that contains the left and the upper neighbour of each of its cells (the `mask` of
+                tokens on the grid itself).
 
         Yields:
             A `Step` for every diagonal that had tokens to be written.
 
         Raises:
-            InvalidInputError: an argument out of range; InvalidOutputError: NaN logits.
+            InvalidInputError: at once, if an argument is out of range.
+            InvalidOutputError: NaN logits (with CUDA, after the last step).
         """
-        sampling.check_sampling(guidance_scale, guidance_interval, temperature, top_k, top_p)
-        condition = self.check_condition(condition)
-        batch = len(condition)
-        grid = self.grid if grid is None else check_grid(grid)
-        ids, known = self.known_tokens(prefix, batch, grid)
+        condition, grid, ids, known = self.check_sampling(
+            condition,
+            grid,
+            prefix,
+            guidance_scale,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
         cells = known.view(grid)
         if bool((cells[1:] & ~cells[:-1]).any()) or bool((cells[:, 1:] & ~cells[:, :-1]).any()):
             raise InvalidInputError(
                 "NAR grows from the top left corner: the known tokens of a prefix must contain the left and the upper "
-                "neighbour of each of its cells"
+                "neighbour of each of their cells"
             )
-        diagonals, total = Diagonals.of(grid, ids.device), self.num_condition_tokens
-        starts, size = diagonals.starts, grid[0] * grid[1]
-        missing = ~known[diagonals.order].cpu()
-        wanted = [bool(missing[a:b].any()) for a, b in zip(starts, starts[1:], strict=False)]
-        steps, index, bad = sum(wanted), 0, torch.zeros((), dtype=torch.bool, device=ids.device)
-        if not steps:
-            return
-        guided = guidance_scale > 1.0
-        (horizontal, vertical), cache, visible = self.prefill(condition, total + size, guided)
-        table = self.rotation_table(grid)[total:][diagonals.order]
-        head = torch.cat([self.output.weight, self.vertical_output.weight], dim=1).float()
-        for diagonal, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
-            places = diagonals.order[start:stop]
-            if guided and guidance_interval is not None and diagonal > 0 and start > guidance_interval:
-                guided, horizontal, vertical = False, horizontal[:batch], vertical[:batch]
-                cache.select_rows(slice(0, batch))
-                visible = None if visible is None else visible[:batch]
-            if wanted[diagonal]:
-                # Neighbours lie in the diagonal before, which is all that the hidden states hold (or the condition).
-                offset = starts[diagonal - 1] if diagonal else -1
-                left = (diagonals.left[start:stop] - offset).clamp_min(0)
-                above = (diagonals.above[start:stop] - offset).clamp_min(0)
-                features = torch.cat(
-                    [
-                        horizontal.index_select(1, left).float() * diagonals.left_weight[start:stop],
-                        vertical.index_select(1, above).float() * diagonals.above_weight[start:stop],
-                    ],
-                    dim=-1,
-                )
-                if guided:
-                    cond, uncond = features.chunk(2)
-                    features = torch.lerp(uncond, cond, guidance_scale)
-                logits = functional.linear(features, head)
-                chosen = sampling.choose_tokens(
-                    logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-                )
-                if chosen.is_cuda:
-                    bad |= (chosen < 0).any()  # read once at the end: no step waits for the GPU
-                    chosen = chosen.clamp_min(0)
-                else:
-                    sampling.raise_if_invalid(chosen)
-                changed = places[~known[places]]
-                ids[:, places] = torch.where(known[places], ids[:, places], chosen)
-                known = known.index_fill(0, places, True)
-                if index + 1 == steps and bool(bad):
-                    sampling.raise_if_invalid(-torch.ones_like(chosen))
-                tokens = VisualTokens(ids=ids.clone(), grid=grid, mask=known.expand(batch, -1).clone())
-                yield Step(index, steps, tokens, changed)
-                index += 1
-            if stop < size:
-                x = self.tok_embeddings(ids[:, places])
-                if guided:
-                    x = torch.cat([x, x])
-                mask = None if visible is None else visible[..., : cache.length + stop - start]
-                horizontal, vertical = self.hidden_states(x, table[start:stop], mask, False, cache)
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        return self._grow(condition, ids, known, grid, guidance_scale, guidance_interval, choice)
 
-    def generate(self, condition: Tensor | TextCondition, **settings: Any) -> VisualTokens:
-        """All tokens at once: the last step of `sample`, which documents the settings."""
-        return sampling.finish(self.sample(condition, **settings), settings.get("prefix"))
+    @torch.no_grad()
+    def _grow(
+        self,
+        condition: Tensor | TextCondition,
+        ids: Tensor,
+        known: Tensor,
+        grid: tuple[int, int],
+        guidance_scale: float,
+        guidance_interval: int | None,
+        choice: Mapping[str, Any],
+    ) -> Iterator[Step]:
+        if bool(known.all()):
+            return
+        (batch, size), device = ids.shape, ids.device
+        diagonals, on_host = diagonals_of(grid, device), diagonals_of(grid, known.device)
+        starts, last = diagonals.starts, len(diagonals.starts) - 2
+        # From the first diagonal with an unknown token on, every diagonal has one.
+        first = int(on_host.number[~known[on_host.order]].min())
+        run = SamplingRun(self, condition, size, guidance_scale)
+        checks = TokenChecks(device)
+        rotation = self.rotation_table(grid)[self.num_condition_tokens :][diagonals.order]
+        head = torch.cat([self.output.weight, self.vertical_output.weight], dim=1).float()
+        if first:
+            stop = starts[first]
+            run.feed(ids[:, diagonals.order[:stop]], rotation[:stop], diagonals.mask()[:stop, :stop])
+            run.hidden = tuple(state[:, starts[first - 1] :] for state in run.hidden)
+        decided = known.to(device)
+        for diagonal, (start, stop) in enumerate(pairwise(starts[first:]), first):
+            if guidance_interval is not None and diagonal > 0 and start > guidance_interval:
+                run.end_guidance()
+            # The neighbours lie in the diagonal before, which is all that the hidden states hold (or the condition).
+            offset = starts[diagonal - 1] if diagonal else -1
+            left = (diagonals.left[start:stop] - offset).clamp_min(0)
+            above = (diagonals.above[start:stop] - offset).clamp_min(0)
+            horizontal = run.guide(run.hidden[0]).index_select(1, left) * diagonals.left_weight[start:stop]
+            vertical = run.guide(run.hidden[1]).index_select(1, above) * diagonals.above_weight[start:stop]
+            logits = functional.linear(torch.cat([horizontal, vertical], dim=-1), head)
+            chosen = checks(sampling.choose_tokens(logits, **choice), last=diagonal == last)
+            places, on_host_places = diagonals.order[start:stop], on_host.order[start:stop]
+            chosen = torch.where(decided[places], ids[:, places], chosen)
+            ids[:, places] = chosen
+            decided = decided.index_fill(0, places, True)
+            tokens = VisualTokens(ids=ids.clone(), grid=grid, mask=decided.repeat(batch, 1))
+            yield Step(diagonal - first, last + 1 - first, tokens, on_host_places[~known[on_host_places]])
+            if diagonal < last:
+                run.feed(chosen, rotation[start:stop])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -55,8 +53,9 @@ class KVCache:
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
-    def extend(self, slots: int) -> None:
-        """Make room for `slots` positions in all."""
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` more positions."""
+        slots += self.length
         for layer in self.layers:
             for name in ("keys", "values"):
                 old: Tensor = getattr(layer, name)

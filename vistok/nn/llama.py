@@ -1,18 +1,18 @@
 """The Llama-like network that LlamaGen and NAR share: conditions, token embedding, blocks, official files.
 
-Source: Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv 2406.06525), section 2.
-Letters: B images, T condition tokens, N image tokens, L = T + N positions, D channels, V entries of the codebook.
+Source: Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv 2406.06525),
+section 2. Letters: B images, R rows of a sampling batch (2 B with guidance), T condition tokens, N image tokens,
+L = T + N positions, S tokens fed at once, D channels, V entries of the codebook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from vistok.errors import InvalidInputError
 from vistok.nn import sampling
@@ -20,6 +20,7 @@ from vistok.nn.cache import KVCache
 from vistok.nn.model import VistokModel
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rope import grid_rotation
+from vistok.nn.sampling import Step
 from vistok.nn.text import TextCondition
 from vistok.nn.transformer import TransformerBlock, feed_forward_size
 from vistok.tokens import VisualTokens
@@ -68,6 +69,8 @@ OFFICIAL_NAMES = {
     "vocab_size": "vocab_size",
     "cls_token_num": "num_condition_tokens",
 }
+# Arguments that only the authors' configurations have.
+OFFICIAL_ONLY = (OFFICIAL_NAMES.keys() - OFFICIAL_NAMES.values()) | {"model_type", "block_size"} | OFFICIAL_IGNORED
 
 
 class ClassEmbedding(nn.Module):
@@ -207,9 +210,7 @@ class ConditionalLlama(VistokModel):
     @classmethod
     def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """From the authors' `ModelArgs`; our own arguments pass unchanged."""
-        if not config.keys() & (OFFICIAL_DEFAULTS.keys() - OFFICIAL_NAMES.keys() | {"dim", "n_layer", "n_head"}) or (
-            "hidden_size" in config
-        ):
+        if not config.keys() & OFFICIAL_ONLY:
             return dict(config)
         given = {**OFFICIAL_DEFAULTS, **config}
         arguments = {ours: given.pop(theirs) for theirs, ours in OFFICIAL_NAMES.items()}
@@ -234,6 +235,10 @@ class ConditionalLlama(VistokModel):
                 break
         return {key: value for key, value in state.items() if key != "freqs_cis"}
 
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict under the authors' names, which `from_official` reads back."""
+        return self.state_dict()
+
     # ------------------------------------------------------------------------------------------------------ training
     @property
     def is_text_conditional(self) -> bool:
@@ -250,13 +255,14 @@ class ConditionalLlama(VistokModel):
         """Rotary factors complex64 [T + N, C / 2] of a grid in raster order; the last grid's are kept."""
         key = (grid, self.device)
         if getattr(self, "_rotation_key", None) != key:
-            self._rotation = grid_rotation(
-                grid,
-                self.head_dim,
-                self.rope_theta,
-                num_condition_tokens=self.num_condition_tokens,
-                device=self.device,
-            )
+            with torch.inference_mode(False):  # a table made while sampling must serve training, too
+                self._rotation = grid_rotation(
+                    grid,
+                    self.head_dim,
+                    self.rope_theta,
+                    num_condition_tokens=self.num_condition_tokens,
+                    device=self.device,
+                )
             self._rotation_key = key
         return self._rotation
 
@@ -264,15 +270,24 @@ class ConditionalLlama(VistokModel):
         self, x: Tensor, layers: Sequence[nn.Module], rotation: Tensor, mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Blocks without a cache, with gradient checkpointing where it is switched on."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in layers:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotation, mask, is_causal, use_reentrant=False)
+            if recompute:
+                x = self._gradient_checkpointing_func(layer, x, rotation, mask, is_causal)
             else:
                 x = layer(x, rotation, mask, is_causal)
         return x
 
     def batch_condition(self, batch: Mapping[str, Any]) -> tuple[Tensor | TextCondition, Tensor]:
-        """(condition, ids) of a training batch."""
+        """(condition, ids) of a training batch.
+
+        Raises:
+            InvalidInputError: if a part is missing, or the ids do not fill the grid.
+        """
+        for key in ("ids", "text_features" if self.is_text_conditional else "labels"):
+            if key not in batch:
+                given = ", ".join(sorted(batch)) or "none"
+                raise InvalidInputError(f"this {type(self).__name__} trains on batches with {key!r}; got {given}")
         ids = batch["ids"]
         if ids.ndim != 2 or ids.shape[1] != self.grid[0] * self.grid[1]:
             raise InvalidInputError(
@@ -310,11 +325,88 @@ class ConditionalLlama(VistokModel):
                 f"this {type(self).__name__} is class-conditional: give class labels as int64 [B], not {given}"
             )
         assert self.num_classes is not None
-        if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < self.num_classes:
-            raise InvalidInputError(
-                f"class labels must lie in 0..{self.num_classes - 1}; got {int(condition.min())}..{int(condition.max())}"
-            )
+        if not len(condition):
+            raise InvalidInputError("no class labels were given; expected at least one")
+        low, high = int(condition.min()), int(condition.max())
+        if low < 0 or high >= self.num_classes:
+            raise InvalidInputError(f"class labels must lie in 0..{self.num_classes - 1}; got {low}..{high}")
         return condition.to(self.device)
+
+    def check_sampling(
+        self,
+        condition: Tensor | TextCondition,
+        grid: Sequence[int] | None,
+        prefix: VisualTokens | None,
+        guidance_scale: float,
+        **settings: Any,
+    ) -> tuple[Tensor | TextCondition, tuple[int, int], Tensor, Tensor]:
+        """Check every argument of `sample` before any work.
+
+        Returns:
+            The condition on the model's device, the grid, and what `known_tokens` gives.
+
+        Raises:
+            InvalidInputError: an argument out of range, or a model in training mode.
+        """
+        if self.training:
+            raise InvalidInputError(
+                f"this {type(self).__name__} is in training mode, where dropout spoils the samples: call eval() first"
+            )
+        condition = self.check_condition(condition)
+        sampling.check_sampling(guidance_scale, batch=len(condition), **settings)
+        if guidance_scale > 1.0 and not self.is_text_conditional and self.condition_dropout == 0.0:
+            raise InvalidInputError(
+                "this model was trained without condition dropout and has no null class; use guidance_scale=1"
+            )
+        grid = self.grid if grid is None else check_grid(grid)
+        return condition, grid, *self.known_tokens(prefix, len(condition), grid)
+
+    def known_tokens(self, prefix: VisualTokens | None, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What a continuation starts from.
+
+        Args:
+            prefix: tokens on the grid itself or on a smaller one, which is placed in the top left corner; its mask is
+                True at the known tokens (without a mask, all are known).
+            batch: images to write.
+            grid: (rows, cols) to write.
+
+        Returns:
+            ids int64 [B, N] on the model's device, 0 where unknown, and known bool [N] on the CPU.
+
+        Raises:
+            InvalidInputError: if the prefix does not fit, or its known cells differ between images.
+        """
+        rows, cols = grid
+        ids = torch.zeros(batch, rows, cols, dtype=torch.int64, device=self.device)
+        known = torch.zeros(rows, cols, dtype=torch.bool)
+        if prefix is None:
+            return ids.flatten(1), known.flatten()
+        if prefix.ids is None or prefix.grid is None or len(prefix) != batch:
+            raise InvalidInputError(
+                f"prefix must hold ids of {batch} images with a grid; got {len(prefix)} images, ids "
+                f"{'missing' if prefix.ids is None else 'given'}, grid {prefix.grid}"
+            )
+        high, wide = prefix.grid
+        if high > rows or wide > cols:
+            raise InvalidInputError(
+                f"the prefix covers {high}x{wide} tokens, which is more than the grid {rows}x{cols}"
+            )
+        given = torch.ones(high * wide, dtype=torch.bool)
+        if prefix.mask is not None:
+            given = prefix.mask[0].cpu()
+            if not bool((prefix.mask.cpu() == given).all()):
+                raise InvalidInputError(
+                    "the known tokens of a prefix must be the same cells in every image of the batch"
+                )
+        chosen = prefix.ids.cpu()[:, given]
+        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.vocab_size:
+            raise InvalidInputError(
+                f"prefix ids must lie in 0..{self.vocab_size - 1}; got {int(chosen.min())}..{int(chosen.max())}"
+            )
+        known[:high, :wide] = given.view(high, wide)
+        held = torch.where(given.to(self.device), prefix.ids.to(self.device), 0)
+        ids[:, :high, :wide] = held.view(batch, high, wide)
+        return ids.flatten(1), known.flatten()
 
     def hidden_states(
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None
@@ -322,91 +414,132 @@ class ConditionalLlama(VistokModel):
         """Normed input [B, L, D] of each output head; the generators define it."""
         raise InvalidInputError(f"{type(self).__name__} defines no heads")
 
-    def prefill(
-        self, condition: Tensor | TextCondition, slots: int, guided: bool
-    ) -> tuple[tuple[Tensor, ...], KVCache, Tensor | None]:
-        """Run the condition tokens and keep their keys and values.
+    def sample(self, condition: Tensor | TextCondition, **settings: Any) -> Iterator[Step]:
+        """Write images step by step; the generators define it."""
+        raise InvalidInputError(f"{type(self).__name__} defines no decoding order")
 
-        Equal rows are computed once: a class that occurs several times, and the null condition.
+    def generate(self, condition: Tensor | TextCondition, **settings: Any) -> VisualTokens:
+        """All tokens at once: the last step of `sample`, which documents the settings."""
+        tokens = settings.get("prefix")  # nothing is left to write if it is complete
+        for step in self.sample(condition, **settings):
+            tokens = step.tokens
+        assert tokens is not None
+        return VisualTokens(ids=tokens.ids, grid=tokens.grid)
+
+
+class SamplingRun:
+    """What a sampler keeps while it writes: the cache, the visible keys, the latest hidden states.
+
+    Rows of the condition come first; with guidance, as many unconditional rows follow. Equal rows are run once and
+    copied: a class or a caption that occurs several times, and the null condition. Padding that all captions share is
+    not run at all: condition keys are zero wherever they stand, so leaving out what nobody may see changes nothing.
+
+    Args:
+        model: the generator.
+        condition: checked condition of B images.
+        slots: image tokens that the cache shall hold.
+        guidance_scale: up to 1 is no guidance.
+
+    Attributes:
+        hidden: normed inputs [R, S, D] of the heads at the positions fed last; at first, the last condition position.
+    """
+
+    def __init__(
+        self, model: ConditionalLlama, condition: Tensor | TextCondition, slots: int, guidance_scale: float
+    ) -> None:
+        self.model, self.batch = model, len(condition)
+        self.guidance_scale, self.guided = guidance_scale, guidance_scale > 1.0
+        embed = self._embed_captions if isinstance(condition, TextCondition) else self._embed_classes
+        x, valid, rows = embed(condition)
+        length = x.shape[1]
+        mask = None if valid is None else caption_mask(valid)
+        self.cache = KVCache(
+            len(model.layers), len(x), model.num_kv_heads, length, model.head_dim, dtype=x.dtype, device=x.device
+        )
+        rotation = torch.zeros(length, model.head_dim // 2, dtype=torch.complex64, device=x.device)
+        hidden = model.hidden_states(x, rotation, mask, mask is None and length > 1, self.cache)
+        self.hidden = tuple(state[:, -1:].index_select(0, rows) for state in hidden)
+        self.cache.select_rows(rows)
+        self.cache.reserve(slots)
+        self.visible: Tensor | None = None  # bool [R, 1, 1, length + slots]; None where every key may be seen
+        if valid is not None:
+            open_slots = valid.new_ones(len(rows), slots)
+            self.visible = torch.cat([valid.index_select(0, rows), open_slots], dim=1)[:, None, None]
+
+    def _embed_classes(self, labels: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Distinct rows [U, 1, D], and int64 [R], which of them each row is."""
+        labels, rows = torch.unique(labels, return_inverse=True)
+        if self.guided:
+            rows = torch.cat([rows, torch.full_like(rows, len(labels))])
+            labels = torch.cat([labels, labels.new_tensor([self.model.num_classes])])
+        return self.model.cls_embedding(labels, None), None, rows
+
+    def _embed_captions(self, text: TextCondition) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Distinct rows [U, T', D], their valid tokens bool [U, T'] (None if all are), and int64 [R]."""
+        features, total = text.features, text.features.shape[1]
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        if text.mask is not None:
+            valid = text.mask
+            first = int(valid.any(0).int().argmax()) if bool(valid.any()) else total - 1
+            features, valid, total = features[:, first:], valid[:, first:], total - first
+        # Captions of one prompt follow each other, so comparing neighbours finds them.
+        same = (features[1:] == features[:-1]).flatten(1).all(1) & (valid[1:] == valid[:-1]).all(1)
+        distinct = torch.cat([same.new_ones(min(1, len(features))), ~same])
+        rows = distinct.cumsum(0) - 1
+        x = self.model.cls_embedding(features[distinct], None)
+        held = valid[distinct]
+        if self.guided:
+            # The null caption keeps the padding of the caption beside it.
+            null = self.model.cls_embedding.cap_proj(self.model.cls_embedding.uncond_embedding[-total:])
+            paddings, which = torch.unique(valid, dim=0, return_inverse=True)
+            x = torch.cat([x, null.expand(len(paddings), -1, -1)])
+            rows = torch.cat([rows, which + len(held)])
+            held = torch.cat([held, paddings])
+        return x, None if bool(held.all()) else held, rows
+
+    def end_guidance(self) -> None:
+        """Go on without the unconditional rows."""
+        if not self.guided:
+            return
+        self.guided = False
+        kept = slice(0, self.batch)
+        self.hidden = tuple(state[kept] for state in self.hidden)
+        self.cache.select_rows(kept)
+        self.visible = None if self.visible is None else self.visible[kept]
+
+    def guide(self, features: Tensor) -> Tensor:
+        """float32 [B, S, K] from features [R, S, K] of a linear head: u + s (c - u), as on its logits."""
+        features = features.float()
+        if not self.guided:
+            return features
+        cond, uncond = features.chunk(2)
+        return torch.lerp(uncond, cond, self.guidance_scale)
+
+    def feed(self, ids: Tensor, rotation: Tensor, order: Tensor | None = None) -> None:
+        """Run tokens [B, S]; all that was fed before is visible to them, and they to each other unless `order` says.
 
         Args:
-            condition: checked condition of B images.
-            slots: positions that the cache shall hold, T included.
-            guided: append B unconditional rows.
-
-        Returns:
-            The hidden states [R, 1, D] of each head at the last condition position, a cache of R rows, and the visible keys
-            bool [R, 1, 1, slots] (None if all are); R = 2 B if guided, else B.
+            ids: codes.
+            rotation: complex [S, C / 2], their rotary factors.
+            order: bool [S, S], which of them may see which.
         """
-        total = self.num_condition_tokens
-        if self.is_text_conditional:
-            assert isinstance(condition, TextCondition)
-            x = self.cls_embedding(condition.features, None)
-            rows = torch.arange(len(x), device=x.device)
-            valid = condition.mask
-            if guided:
-                null = self.cls_embedding.cap_proj(self.cls_embedding.uncond_embedding)[None]
-                # The null caption keeps each caption's own padding, so only without padding are its rows equal.
-                copies = 1 if valid is None else len(x)
-                rows = torch.cat([rows, torch.arange(len(x), device=x.device) * (copies > 1) + len(x)])
-                x = torch.cat([x, null.expand(copies, -1, -1)])
-                valid = None if valid is None else torch.cat([valid, valid])
-        else:
-            assert isinstance(condition, Tensor)
-            labels, rows = torch.unique(condition, return_inverse=True)
-            if guided:
-                if self.condition_dropout == 0.0:
-                    raise InvalidInputError(
-                        "this model was trained without condition dropout and has no null class; use guidance_scale=1"
-                    )
-                rows = torch.cat([rows, torch.full_like(rows, len(labels))])
-                labels = torch.cat([labels, labels.new_tensor([self.num_classes])])
-            x, valid = self.cls_embedding(labels, None), None
-        mask = None
-        if valid is not None:
-            causal = torch.ones(total, total, dtype=torch.bool, device=x.device).tril()
-            mask = (causal & valid[:, None]) | torch.eye(total, dtype=torch.bool, device=x.device)
-            mask = mask[:, None]
-        rotation = torch.zeros(total, self.head_dim // 2, dtype=torch.complex64, device=x.device)
-        cache = KVCache(
-            len(self.layers), len(x), self.num_kv_heads, total, self.head_dim, dtype=x.dtype, device=x.device
-        )
-        hidden = self.hidden_states(x, rotation, mask, mask is None and total > 1, cache)
-        cache.select_rows(rows)
-        cache.extend(slots)
-        visible = None
-        if valid is not None:
-            visible = torch.ones(len(valid), 1, 1, slots, dtype=torch.bool, device=x.device)
-            visible[:, 0, 0, :total] = valid
-        return tuple(state[:, -1:].index_select(0, rows) for state in hidden), cache, visible
+        x = self.model.tok_embeddings(ids)
+        if self.guided:
+            x = torch.cat([x, x])
+        stop = self.cache.length + ids.shape[1]
+        mask = None if self.visible is None else self.visible[..., :stop]
+        if order is not None:
+            order = torch.cat([order.new_ones(len(order), self.cache.length), order], dim=1)
+            mask = order if mask is None else mask & order
+        self.hidden = self.model.hidden_states(x, rotation, mask, False, self.cache)
 
-    def known_tokens(self, prefix: VisualTokens | None, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(ids int64 [B, N], known bool [N]) of a continuation; nothing is known without a prefix.
 
-        Raises:
-            InvalidInputError: if the prefix has another grid or batch, unknown ids, or a mask that differs between images.
-        """
-        size = grid[0] * grid[1]
-        if prefix is None:
-            return (
-                torch.zeros(batch, size, dtype=torch.int64, device=self.device),
-                torch.zeros(size, dtype=torch.bool, device=self.device),
-            )
-        if prefix.ids is None or prefix.grid != grid or len(prefix) != batch or prefix.mask is None:
-            raise InvalidInputError(
-                f"prefix must hold ids [{batch}, {size}] on the grid {grid} with a mask that is True at the known tokens; got "
-                f"{len(prefix)} images on the grid {prefix.grid}, ids {'missing' if prefix.ids is None else 'given'}, "
-                f"mask {'missing' if prefix.mask is None else 'given'}"
-            )
-        known = prefix.mask[0]
-        if not bool((prefix.mask == known).all()):
-            raise InvalidInputError("the known tokens of a prefix must be the same cells in every image of the batch")
-        chosen = prefix.ids[:, known]
-        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.vocab_size:
-            raise InvalidInputError(
-                f"prefix ids must lie in 0..{self.vocab_size - 1}; got {int(chosen.min())}..{int(chosen.max())}"
-            )
-        return torch.where(prefix.mask, prefix.ids, 0).to(self.device), known.to(self.device)
+def caption_mask(valid: Tensor) -> Tensor:
+    """bool [B, 1, L, L] from valid positions [B, L]: causal, closed at padding, open on the diagonal."""
+    length = valid.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    mask = (causal & valid[:, None]) | torch.eye(length, dtype=torch.bool, device=valid.device)
+    return mask[:, None]
 
 
 def check_grid(grid: Sequence[int]) -> tuple[int, int]:

@@ -18,9 +18,9 @@ def grid_rotation(
 ) -> Tensor:
     """Factors of LlamaGen's 2-D rotary positions, raster order, after the condition positions.
 
-    With half = C/2 and f_k = theta^(-2k/half), cell (r, c) has the angles [r f_0 .. r f_{half/2-1}, c f_0 .. c f_{half/2-1}].
-    Condition positions have the factor 0, not 1: their queries and keys vanish (this is how the published models were
-    trained).
+    With half = C/2 and f_k = theta^(-2k/half), cell (r, c) has the angles r f_0 .. r f_{half/2-1}, then c f_0 ..
+    c f_{half/2-1}. Condition positions have the factor 0, not 1: their queries and keys vanish (this is how the
+    published models were trained).
 
     Args:
         grid: (rows, cols).

@@ -5,7 +5,7 @@ Letters: B images, S tokens chosen in one step, V entries of the codebook.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,10 @@ from vistok.tokens import VisualTokens
 __all__ = [
     "Generators",
     "Step",
+    "TokenChecks",
     "check_sampling",
     "choose_tokens",
     "exponential_noise",
-    "finish",
-    "raise_if_invalid",
     "uniform",
 ]
 
@@ -37,7 +36,7 @@ class Step:
         index: number of the step, from 0.
         total: number of steps of the whole run.
         tokens: all tokens so far, ids [B, N] in raster order; undecided ones are 0 and False in `tokens.mask`.
-        changed: int64 [S], raster positions decided in this step.
+        changed: int64 [S] on the CPU, raster positions decided in this step.
     """
 
     index: int
@@ -50,15 +49,10 @@ def exponential_noise(shape: Sequence[int], generator: Generators, device: torch
     """Exp(1) draws, float32; `argmax(probabilities / noise)` then is an exact draw from the probabilities.
 
     Args:
-        shape: [B, ...]; with a list of generators, image b draws from the b-th alone, so that it does not depend on the batch.
+        shape: [B, ...]; with a list of generators, image b draws from the b-th alone, whatever else is in the batch.
         generator: one for all images, one an image, or None for torch's default. Draws happen on its device.
-
-    Raises:
-        InvalidInputError: if a list has another length than B.
     """
     if isinstance(generator, Sequence):
-        if len(generator) != shape[0]:
-            raise InvalidInputError(f"{len(generator)} generators for {shape[0]} images; give one, or one an image")
         return torch.stack([exponential_noise(shape[1:], one, device) for one in generator])
     source = torch.device(device) if generator is None else generator.device
     return torch.empty(tuple(shape), device=source).exponential_(generator=generator).to(device)
@@ -83,7 +77,7 @@ def choose_tokens(
         generator: see `exponential_noise`.
 
     Returns:
-        int64 [B, S]; -1 where the logits are not a number (see `raise_if_invalid`).
+        int64 [B, S]; -1 where the logits are not a number (see `TokenChecks`).
     """
     shape = tuple(logits.shape)
     noise = None if temperature == 0.0 else exponential_noise(shape, generator, logits.device).flatten(0, 1)
@@ -92,28 +86,42 @@ def choose_tokens(
     )
 
 
-def raise_if_invalid(ids: Tensor) -> None:
-    """Raise InvalidOutputError if a token could not be chosen because its logits were NaN."""
-    if bool((ids < 0).any()):
-        raise InvalidOutputError(
-            "the model produced NaN logits; its weights are damaged or its floating point type is too narrow: "
-            "reload the checkpoint, or load it with dtype=torch.float32"
-        )
+class TokenChecks:
+    """Finds tokens that could not be chosen (-1), because their logits were not numbers.
 
+    With CUDA the question is asked once, at the end, so that no step waits for the GPU.
+    """
 
-def finish(steps: Iterator[Step], prefix: VisualTokens | None) -> VisualTokens:
-    """The tokens after the last step, without a mask; a prefix that leaves nothing to write is returned as it is."""
-    tokens = prefix
-    for step in steps:
-        tokens = step.tokens
-    assert tokens is not None
-    return VisualTokens(ids=tokens.ids, grid=tokens.grid)
+    def __init__(self, device: torch.device) -> None:
+        self.invalid = torch.zeros((), dtype=torch.bool, device=device)
+
+    def __call__(self, ids: Tensor, *, last: bool) -> Tensor:
+        """The ids [B, S] of a step as they are, 0 for -1.
+
+        Raises:
+            InvalidOutputError: at the first invalid token; with CUDA after the last step.
+        """
+        self.invalid |= (ids < 0).any()
+        if (last or not ids.is_cuda) and bool(self.invalid):
+            raise InvalidOutputError(
+                "the model produced NaN logits; its weights are damaged or its floating point type is too narrow: "
+                "reload the checkpoint, or load it with dtype=torch.float32"
+            )
+        return ids.clamp_min(0)
 
 
 def check_sampling(
-    guidance_scale: float, guidance_interval: int | None, temperature: float, top_k: int, top_p: float
+    guidance_scale: float,
+    guidance_interval: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: Generators,
+    batch: int,
 ) -> None:
-    """Raise InvalidInputError, saying what is allowed, if a sampling setting is out of range."""
+    """Raise InvalidInputError, saying what is allowed, if a sampling setting for `batch` images is out of range."""
+    if isinstance(generator, Sequence) and len(generator) != batch:
+        raise InvalidInputError(f"{len(generator)} generators for {batch} images; give one, or one an image")
     if not 0.0 <= guidance_scale < float("inf"):
         raise InvalidInputError(
             f"guidance_scale must be a number >= 0 (up to 1 means no guidance); got {guidance_scale}"

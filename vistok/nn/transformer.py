@@ -1,6 +1,6 @@
 """Llama-like transformer blocks: RMSNorm, attention with rotary positions, SwiGLU.
 
-Letters: B batch, L positions, K visible positions, D channels, H heads, G key-value heads, C channels of a head, F hidden width.
+Letters: B batch, L positions, K visible positions, D channels, H heads, G key-value heads, C channels of a head.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """See `TransformerBlock.forward`."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        query, key, value = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([heads, kv_heads, kv_heads], dim=2)
+        projected = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        rotated, value = projected.split([heads + kv_heads, kv_heads], dim=2)
         if rotation is not None:
-            query, key = apply_rotation(query, rotation), apply_rotation(key, rotation)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            rotated = apply_rotation(rotated, rotation)
+        query, key = rotated.transpose(1, 2).split([heads, kv_heads], dim=1)
+        value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.append(key, value)
         attended = functional.scaled_dot_product_attention(

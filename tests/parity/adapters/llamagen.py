@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.parity.adapters.replay import check_meta_model, recorded_draws, sampler_settings
+from tests.parity.replay import check_meta_model, recorded_draws, sampler_settings
 from vistok.generators.llamagen import LlamaGen
 from vistok.kernels import filter_logits
 from vistok.nn import sampling
+from vistok.nn.cache import KVCache
+from vistok.nn.llama import caption_mask
 from vistok.nn.text import TextCondition, clean_caption, left_pad
 
 SYSTEM = "llamagen"
@@ -45,57 +47,40 @@ def train(g: Any) -> dict[str, Tensor]:
     return {"logits": logits, "loss": loss, **gradients}
 
 
-def cached(g: Any) -> dict[str, Tensor]:
-    """Teacher-forced steps on the cache. Condition rows before the last are not computed for classes."""
-    model = LlamaGen.from_official(g.weights, g.config)
-    cond, tokens = g.inputs["cond"], g.inputs["tokens"]
+def condition_states(model: Any, g: Any) -> tuple[tuple[Tensor, ...], KVCache, Tensor | None]:
+    """States at every condition position, a cache with room for the image, and the visible keys [B, 1, 1, L].
+
+    Sampling leaves out what this computes: padding, repeated rows, and every condition position but the last. Null
+    labels are part of the recorded batches, while sampling adds them by itself.
+    """
+    cond, size = g.inputs["cond"], model.grid[0] * model.grid[1]
     total = model.num_condition_tokens
-    size = model.grid[0] * model.grid[1]
-    with torch.no_grad():
-        if cond.is_floating_point():
-            text = condition(g)
-            prefill = prefill_logits(model, text)
-            hidden, cache, visible = model.prefill(text, total + size, False)
-        else:
-            # Null labels are part of the batch here, which `sample` adds by itself.
-            x = model.cls_embedding(cond, None)
-            hidden, cache, visible = prefill_rows(model, x, total + size)
-            prefill = model.output(hidden[0]).float()
-        rotation = model.rotation_table(model.grid)[total:]
-        steps = [
-            model.output(model._feed(tokens[:, s : s + 1], s, rotation, cache, visible, False)).float()
-            for s in range(tokens.shape[1])
-        ]
-    return {"prefill_logits": prefill, "step_logits": torch.cat(steps, 1)}
-
-
-def prefill_rows(model: Any, x: Tensor, slots: int) -> tuple[Any, Any, None]:
-    """Prefill from embedded class tokens [B, 1, D]."""
-    from vistok.nn.cache import KVCache
-
+    x = model.cls_embedding(cond, None)
+    mask = visible = None
+    if "emb_masks" in g.inputs:
+        valid = g.inputs["emb_masks"].bool()
+        mask = caption_mask(valid)
+        visible = torch.cat([valid, valid.new_ones(len(valid), size)], dim=1)[:, None, None]
     cache = KVCache(
-        len(model.layers), len(x), model.num_kv_heads, slots, model.head_dim, dtype=x.dtype, device=x.device
+        len(model.layers), len(x), model.num_kv_heads, total + size, model.head_dim, dtype=x.dtype, device=x.device
     )
-    rotation = model.rotation_table(model.grid)[:1]
-    return model.hidden_states(x, rotation, None, False, cache), cache, None
+    hidden = model.hidden_states(x, model.rotation_table(model.grid)[:total], mask, mask is None, cache)
+    return hidden, cache, visible
 
 
-def prefill_logits(model: LlamaGen, text: TextCondition) -> Tensor:
-    """Logits of every caption position: each equals the last position of a prefill over the caption's first tokens."""
-    captured: list[Tensor] = []
-    original = model.hidden_states
-
-    def listen(*arguments: Any) -> Any:
-        states = original(*arguments)
-        captured.append(states[0])
-        return states
-
-    model.hidden_states = listen  # type: ignore[method-assign]
-    try:
-        model.prefill(text, model.num_condition_tokens, False)
-    finally:
-        del model.hidden_states
-    return model.output(captured[0]).float()
+@torch.no_grad()
+def cached(g: Any) -> dict[str, Tensor]:
+    """Teacher-forced steps on the cache."""
+    model = LlamaGen.from_official(g.weights, g.config)
+    tokens = g.inputs["tokens"]
+    hidden, cache, visible = condition_states(model, g)
+    rotation = model.rotation_table(model.grid)[model.num_condition_tokens :]
+    steps = []
+    for s in range(tokens.shape[1]):
+        x = model.tok_embeddings(tokens[:, s : s + 1])
+        mask = None if visible is None else visible[..., : cache.length + 1]
+        steps.append(model.output(model.hidden_states(x, rotation[s : s + 1], mask, False, cache)[0]).float())
+    return {"prefill_logits": model.output(hidden[0]).float(), "step_logits": torch.cat(steps, 1)}
 
 
 def generate(g: Any) -> dict[str, Tensor]:
@@ -145,13 +130,19 @@ CASES = {
     "t5_clean_caption": captions,
 }
 
-PUBLISHED = {"c2i_B": "b.imagenet256", "c2i_L": "l.imagenet256", "c2i_XXL": "xxl.imagenet384", "c2i_3B": "3b.imagenet384"}
-PUBLISHED |= {"c2i_XL": "xl.imagenet384", "t2i_XL": "xl.t2i256"}
+PUBLISHED = {
+    "c2i_B": "llamagen-b.imagenet256",
+    "c2i_L": "llamagen-l.imagenet256",
+    "c2i_XL": "llamagen-xl.imagenet384",
+    "c2i_XXL": "llamagen-xxl.imagenet384",
+    "c2i_3B": "llamagen-3b.imagenet384",
+    "t2i_XL": "llamagen-xl.t2i256",
+}
 
 
 def manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
     longest = max((known for known in PUBLISHED if name.startswith(known)), key=len)
-    check_meta_model(LlamaGen, dict(LlamaGen.published[f"llamagen-{PUBLISHED[longest]}"].config), keys)
+    check_meta_model(LlamaGen, dict(LlamaGen.published[PUBLISHED[longest]].config), keys)
 
 
 MANIFESTS = {"c2i_": manifest, "t2i_": manifest}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.parity.adapters.llamagen import condition, prefill_rows
-from tests.parity.adapters.replay import check_meta_model, recorded_draws, sampler_settings
-from vistok.generators.nar import NAR, Diagonals
+from tests.parity.adapters.llamagen import condition, condition_states
+from tests.parity.replay import check_meta_model, recorded_draws, sampler_settings
+from vistok.generators.nar import NAR, Diagonals, diagonals_of
 from vistok.nn.rope import grid_rotation
 from vistok.nn.text import TextCondition, left_pad
 
@@ -34,9 +34,8 @@ def train(g: Any) -> dict[str, Tensor]:
         logits = model(g.inputs["idx"], cond)
         loss = model.training_loss(batch)["loss"]
     loss.backward()
-    gradients = {name: value.grad for name, value in model.named_parameters()}
-    official = {f"grad.{name.replace('vertical_', 'medusa_')}": value for name, value in gradients.items()}
-    return {"logits": logits, "loss": loss, **official}
+    gradients = {f"grad.{name.replace('vertical_', 'medusa_')}": value.grad for name, value in model.named_parameters()}
+    return {"logits": logits, "loss": loss, **gradients}
 
 
 def mixed_logits(model: NAR, states: tuple[Tensor, Tensor], diagonal: int, diagonals: Diagonals) -> Tensor:
@@ -53,26 +52,21 @@ def mixed_logits(model: NAR, states: tuple[Tensor, Tensor], diagonal: int, diago
     return logits
 
 
+@torch.no_grad()
 def cached(g: Any) -> dict[str, Tensor]:
     """Teacher-forced diagonals on the cache."""
     model = NAR.from_official(g.weights, g.config)
-    cond, tokens = g.inputs["cond"], g.inputs["tokens"]
-    total, size = model.num_condition_tokens, model.grid[0] * model.grid[1]
-    diagonals = Diagonals.of(model.grid, CPU)
-    with torch.no_grad():
-        if cond.is_floating_point():
-            states, cache, visible = model.prefill(condition(g), total + size, False)
-        else:
-            # Null labels are part of the batch here, which `sample` adds by itself.
-            states, cache, visible = prefill_rows(model, model.cls_embedding(cond, None), total + size)
-        outputs = {"prefill_logits": mixed_logits(model, states, 0, diagonals)}
-        table = model.rotation_table(model.grid)[total:][diagonals.order]
-        for diagonal in range(len(diagonals.starts) - 2):
-            start, stop = diagonals.starts[diagonal : diagonal + 2]
-            x = model.tok_embeddings(tokens[:, diagonals.order[start:stop]])
-            mask = None if visible is None else visible[..., : cache.length + stop - start]
-            states = model.hidden_states(x, table[start:stop], mask, False, cache)
-            outputs[f"logits_diag_{diagonal + 1}"] = mixed_logits(model, states, diagonal + 1, diagonals)
+    tokens = g.inputs["tokens"]
+    diagonals = diagonals_of(model.grid, CPU)
+    (horizontal, vertical), cache, visible = condition_states(model, g)
+    outputs = {"prefill_logits": mixed_logits(model, (horizontal[:, -1:], vertical[:, -1:]), 0, diagonals)}
+    rotation = model.rotation_table(model.grid)[model.num_condition_tokens :][diagonals.order]
+    for diagonal in range(len(diagonals.starts) - 2):
+        start, stop = diagonals.starts[diagonal : diagonal + 2]
+        x = model.tok_embeddings(tokens[:, diagonals.order[start:stop]])
+        mask = None if visible is None else visible[..., : cache.length + stop - start]
+        states = model.hidden_states(x, rotation[start:stop], mask, False, cache)
+        outputs[f"logits_diag_{diagonal + 1}"] = mixed_logits(model, states, diagonal + 1, diagonals)
     return outputs
 
 
@@ -92,7 +86,7 @@ def masks(g: Any) -> dict[str, Tensor]:
     """Our masks and rotary tables, brought from decoding order to the authors' raster order."""
     outputs = {}
     for total, side in g.call["settings"]:
-        diagonals = Diagonals.of((side, side), CPU)
+        diagonals = diagonals_of((side, side), CPU)
         place = torch.cat([torch.arange(total), torch.argsort(diagonals.order) + total])
         mask = diagonals.mask(total)[place][:, place]
         length = len(mask)

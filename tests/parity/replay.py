@@ -1,4 +1,4 @@
-"""Replaying recorded draws, and listening to a sampler's logits. Not an adapter: it declares no cases."""
+"""Replaying recorded draws, and listening to a sampler's logits. The adapters of generators share it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from vistok.nn import sampling
-
-SYSTEM = "replay"
-CASES: dict[str, Any] = {}
 
 
 @contextmanager
@@ -32,9 +29,9 @@ def recorded_draws(
     def exponential_noise(shape: Sequence[int], generator: object, device: object) -> Tensor:
         nonlocal used
         assert exp_noise is not None
-        batch, count, _ = shape
+        count = shape[1]
         drawn = exp_noise[used : used + count].transpose(0, 1)
-        assert tuple(drawn.shape) == tuple(shape) and batch == drawn.shape[0], "the recorded draws do not fit this step"
+        assert tuple(drawn.shape) == tuple(shape), "the recorded draws do not fit this step"
         used += count
         return drawn
 
@@ -46,7 +43,8 @@ def recorded_draws(
         return choose(values, **settings)
 
     def uniform(shape: Sequence[int], generator: object, device: object) -> Tensor:
-        assert drop_rand is not None and tuple(drop_rand.shape) == tuple(shape)
+        assert drop_rand is not None
+        assert tuple(drop_rand.shape) == tuple(shape)
         return drop_rand
 
     with mock.patch.multiple(
