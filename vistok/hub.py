@@ -4,7 +4,7 @@ What a name can be; the first that fits decides:
 
 1. a shipped name: `nar-shapes`.
 2. `system.tiny`: a random flavour that builds in milliseconds, always with the same weights.
-3. a folder: `./my-model`, written by `save_pretrained`, by the export of a training run, or by transformers (text encoders).
+3. a folder: `./my-model`, written by `save_pretrained`, by the export of a training run, or by transformers (texts).
 4. a published name: `nar-l.imagenet256` downloads the authors' file (or takes `checkpoint=`) and loads it strictly.
 5. `org/repository` or `hub:org/repository`: a repository on the Hub in the format of 3.
 """
@@ -105,9 +105,10 @@ def model_info(name: str) -> dict[str, Any]:
     """What is known about a shipped or published checkpoint, ready for JSON.
 
     Returns:
-        `name`, `shipped`, `system`, `kind` ("tokenizer", "generator", ...) and, where known, `paper`, `origin`, `licence`,
-        `image_size`, `num_tokens`, `codebook_size`, `parameters`, `preprocessing`, `tokenizer`, `text_encoder`,
-        `class_names`, `sampling`, `recipe`, `bytes` on disk (shipped) or `hub_id` and `hub_file` (published).
+        `name`, `shipped`, `system`, `kind` ("tokenizer", "generator", ...) and, where known, `paper`, `origin`,
+        `licence`, `image_size`, `num_tokens`, `codebook_size`, `parameters`, `preprocessing`, `tokenizer`,
+        `text_encoder`, `class_names`, `sampling`, `recipe`, `bytes` on disk (shipped) or `hub_id` and `hub_file`
+        (published).
 
     Raises:
         UnknownNameError: if it is neither.
@@ -188,18 +189,25 @@ def _find(name: str, checkpoint: Path | None) -> Any:
         return _from_authors(name, checkpoint)
     if name in shipped():
         return _from_folder(ASSETS / name)
-    system = name.removesuffix(TINY_SUFFIX)
-    if system != name and system in SYSTEMS:
-        return _tiny(system)
+    if _is_tiny(name):
+        return _tiny(name.removesuffix(TINY_SUFFIX))
     folder = _folder(name)
     if folder is not None:
         return _from_folder(folder)
-    if not name.startswith(HUB_PREFIX):
-        if name in published():
-            return _from_authors(name, None)
-        if not REPOSITORY.fullmatch(name):
-            raise _unknown(name)
-    return _from_repository(name)
+    if name in published():
+        return _from_authors(name, None)
+    if not _is_repository(name):
+        raise _unknown(name)
+    held = _published_in(name)
+    return _from_folder(_snapshot(name)) if held is None else _from_authors(held, None)
+
+
+def _is_tiny(name: str) -> bool:
+    return name.endswith(TINY_SUFFIX) and name.removesuffix(TINY_SUFFIX) in SYSTEMS
+
+
+def _is_repository(name: str) -> bool:
+    return name.startswith(HUB_PREFIX) or REPOSITORY.fullmatch(name) is not None
 
 
 def _tiny(system: str) -> Any:
@@ -332,15 +340,13 @@ def _download(entry: Published) -> Path:
         ) from error
 
 
-def _from_repository(name: str) -> Any:
-    """A network from a Hub repository: one in our format, or one that holds a published file."""
+def _published_in(name: str) -> str | None:
+    """The published checkpoint that a Hub repository holds, if it is the authors' own."""
     repository = name.removeprefix(HUB_PREFIX)
     theirs = [entry.name for entry in published().values() if entry.hub_id == repository]
-    if len(theirs) == 1:
-        return _from_authors(theirs[0], None)
-    if theirs:
+    if len(theirs) > 1:
         raise InvalidInputError(f"{repository} holds several checkpoints; load one of: {', '.join(theirs)}")
-    return _from_folder(_snapshot(name))
+    return theirs[0] if theirs else None
 
 
 def _snapshot(name: str) -> Path:
@@ -388,17 +394,18 @@ def load_pipeline(
         device, dtype: as in `load`, for all parts.
 
     Raises:
-        InvalidInputError: the name is not a generator's, does not say which tokenizer it writes for, or the parts do not
-            fit each other.
+        InvalidInputError: the name is not a generator's, does not say which tokenizer it writes for, or the parts do
+            not fit each other.
     """
     from vistok.generators.pipeline import GenerationPipeline
 
     name = os.fspath(name)
-    folder = None if name in shipped() or name.endswith(TINY_SUFFIX) or checkpoint is not None else _folder(name)
-    if folder is None and name.startswith(HUB_PREFIX):
-        folder = _snapshot(name)
-    elif folder is None and REPOSITORY.fullmatch(name) and name not in published():
-        folder = _snapshot(name)
+    folder = None
+    if checkpoint is None and name not in shipped() and not _is_tiny(name):
+        folder = _folder(name)
+        if folder is None and name not in published() and _is_repository(name):
+            held = _published_in(name)
+            name, folder = (held, None) if held is not None else (name, _snapshot(name))
     if folder is not None and (folder / PIPELINE_FILE).is_file():
         pipe = GenerationPipeline.from_pretrained(str(folder), **({} if dtype is None else {"torch_dtype": dtype}))
         return pipe.to(device) if device is not None else pipe
@@ -413,7 +420,7 @@ def load_pipeline(
     tokenizer = facts.get("tokenizer") if tokenizer is None else tokenizer
     if tokenizer is None:
         raise InvalidInputError(
-            f"{name} does not say which tokenizer it writes for; give it: load_pipeline({name!r}, tokenizer='vq-shapes')"
+            f"{name} does not say which tokenizer it writes for; give it: load_pipeline(..., tokenizer='vq-shapes')"
         )
     text = facts.get("text_encoder") if text_encoder is None else text_encoder
     if not generator.is_text_conditional:
@@ -440,7 +447,7 @@ def _pipeline_facts(name: str, folder: Path | None) -> dict[str, Any]:
         return _read_facts(file) if file.is_file() else {}
     if name in shipped():
         return shipped()[name]
-    if name.removesuffix(TINY_SUFFIX) in SYSTEMS and name.endswith(TINY_SUFFIX):
+    if _is_tiny(name):
         return {"tokenizer": TINY_TOKENIZER}
     if name in published():
         facts = model_info(name)

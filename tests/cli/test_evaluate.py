@@ -28,7 +28,18 @@ def models(tmp_path: Path) -> Path:
 
 
 def test_a_tokenizer_is_judged_and_pictured(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["evaluate", str(models / "vq"), "--num-samples", "3", "--photo", "cell", "--json", "--fid"]
+    arguments = [
+        "evaluate",
+        str(models / "vq"),
+        "--num-samples",
+        "3",
+        "--photo",
+        "cell",
+        "--photo-size",
+        "64",
+        "--json",
+        "--fid",
+    ]
     assert main([*arguments, str(models / "features"), "--output", str(models / "out")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["photographs"]["cell"]["psnr"] > 0

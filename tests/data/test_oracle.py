@@ -29,7 +29,7 @@ def agrees(scene: shapes.Scene, reading: shapes.Reading, attributes=("shape", "c
 
 
 def test_rendered_scenes_are_read_exactly():
-    for index in range(120):
+    for index in range(60):
         scene = shapes.sample_scene(21, index)
         reading = shapes.read_scene(shapes.render(scene))
         assert agrees(scene, reading), index
@@ -47,9 +47,9 @@ def test_rendered_scenes_are_read_exactly():
 
 @pytest.mark.parametrize("image_size", [32, 48, 96, 256])
 def test_other_sizes_are_read(image_size):
-    scenes = [shapes.sample_scene(22, index) for index in range(25)]
+    scenes = [shapes.sample_scene(22, index) for index in range(15)]
     right = sum(agrees(scene, shapes.read_scene(shapes.render(scene, image_size))) for scene in scenes)
-    assert right >= 24
+    assert right == 15
 
 
 def _jpeg(image: np.ndarray) -> np.ndarray:
@@ -69,9 +69,9 @@ def _noisy(image: np.ndarray) -> np.ndarray:
     ids=["blur", "jpeg", "noise"],
 )
 def test_imperfect_images_are_read(spoil):
-    scenes = [shapes.sample_scene(23, index) for index in range(50)]
+    scenes = [shapes.sample_scene(23, index) for index in range(30)]
     right = [agrees(scene, shapes.read_scene(spoil(shapes.render(scene))), ("shape", "colour")) for scene in scenes]
-    assert sum(right) >= 48
+    assert sum(right) >= 29
 
 
 def test_confidence_falls_with_quality():

@@ -133,7 +133,7 @@ def test_a_tokenizer_gets_every_figure() -> None:
         num_images=6,
         batch_size=4,
         photographs=["rocket"],
-        photograph_size=128,
+        photograph_size=64,
         extractor=ShapesFeatures.tiny(),
         on_images=lambda what, images: shown.append(what),
     )
@@ -142,7 +142,7 @@ def test_a_tokenizer_gets_every_figure() -> None:
     assert report["psnr"]["low"] <= report["psnr"]["value"] <= report["psnr"]["high"] < 30
     assert report["agreement"]["object"]["total"] >= 6
     assert report["fid"]["samples"] == report["fid"]["reference_samples"] == 6
-    assert report["photographs"]["rocket"]["width"] == 128
+    assert report["photographs"]["rocket"]["width"] == 64
     assert shown[-2:] == ["photograph rocket", "reconstruction rocket"]
     json.dumps(report, allow_nan=False)
 

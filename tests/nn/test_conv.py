@@ -22,6 +22,13 @@ def test_resnet_block_is_two_normalised_convolutions_and_a_skip() -> None:
     assert isinstance(conv.ResnetBlock(32, 32).shortcut, nn.Identity)
 
 
+def test_normalisation_of_a_single_pixel_does_not_depend_on_the_batch() -> None:
+    norm = conv.group_norm(32)
+    nn.init.normal_(norm.bias)
+    pixels = torch.randn(2, 32, 1, 1)
+    torch.testing.assert_close(norm(pixels[:1]), norm(pixels)[:1])
+
+
 def test_attention_block_is_softmax_over_pixels() -> None:
     block = conv.AttentionBlock(32)
     x = torch.randn(2, 32, 3, 5)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
 
 from vistok.errors import CheckpointError, InvalidInputError
 from vistok.nn.discriminator import PatchDiscriminator
@@ -38,16 +40,24 @@ def test_gradients_reach_the_image_but_not_the_frozen_network(lpips: LPIPS) -> N
     assert not nn.Sequential(lpips).train()[0].training
 
 
-def test_published_parts_are_joined_and_agree_with_torchmetrics(lpips: LPIPS, tmp_path: Path) -> None:
-    from torchmetrics.functional.image.lpips import _LPIPS
-
-    torch.save({**torchvision_names(lpips), "classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
-    ours = LPIPS.from_files(tmp_path / "vgg16.pth")
-    theirs = _LPIPS(pretrained=True, net="vgg", pnet_rand=True, eval_mode=True)
-    trunk = {key.removeprefix("net."): value for key, value in ours.state_dict().items() if key.startswith("net.")}
-    theirs.net.load_state_dict(trunk)
-    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    torch.testing.assert_close(ours(x, y), theirs(x, y), rtol=1e-4, atol=1e-6)
+def test_published_parts_are_joined_into_the_published_formula(lpips: LPIPS, tmp_path: Path) -> None:
+    names = torchvision_names(lpips)
+    torch.save({**names, "classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
+    ours = LPIPS.from_files(tmp_path / "vgg16.pth")  # the heads come from torchmetrics
+    vgg = make_layers(cfgs["D"])
+    vgg.load_state_dict({key.removeprefix("features."): value for key, value in names.items()})
+    x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    shift, scale = torch.tensor([[-0.03, -0.088, -0.188], [0.458, 0.448, 0.45]]).view(2, 1, 3, 1, 1)
+    a, b = (x - shift) / scale, (y - shift) / scale
+    expected = 0.0
+    for index, layer in enumerate(vgg):
+        a, b = layer(a), layer(b)
+        if index in (3, 8, 15, 22, 29):
+            head = ours.lin_parameters()[(3, 8, 15, 22, 29).index(index)]
+            difference = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square()
+            expected = expected + (difference * head).sum(1).mean()
+    assert all(bool((head >= 0).all()) for head in ours.lin_parameters())
+    assert float(ours(x, y)) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_wrong_file_is_named(lpips: LPIPS, tmp_path: Path) -> None:

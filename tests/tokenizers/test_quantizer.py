@@ -87,7 +87,7 @@ def test_dead_codes_come_back_from_encoder_outputs_once_the_queue_is_renewed() -
     moved = (quantizer.codebook != before).any(1)
     assert int(moved.sum()) >= 30
     vectors = F.normalize(z.permute(0, 2, 3, 1).reshape(-1, 4), dim=-1)
-    assert float(torch.cdist(quantizer.codebook[moved], vectors).amin(1).max()) < 1e-3
+    assert float(torch.cdist(quantizer.codebook[moved].detach(), vectors).amin(1).max()) < 1e-3
     assert int(quantizer.tokens_since_revival) == 64
     output.loss.backward()  # revival in place does not disturb the graph
 
@@ -114,8 +114,8 @@ def test_entropy_loss_prefers_certain_and_even_assignments() -> None:
     quantizer = VectorQuantizer(4, 4, entropy_weight=1.0, usage_window=0)
     with torch.no_grad():
         quantizer.codebook.copy_(torch.eye(4))
-    even = quantizer(torch.eye(4).t().view(1, 4, 1, 4)).entropy_loss
-    collapsed = quantizer(torch.eye(4)[[0, 0, 0, 0]].t().view(1, 4, 1, 4)).entropy_loss
+    even = quantizer(torch.eye(4).t().view(1, 4, 1, 4)).entropy_loss.detach()
+    collapsed = quantizer(torch.eye(4)[[0, 0, 0, 0]].t().view(1, 4, 1, 4)).entropy_loss.detach()
     assert float(even) == pytest.approx(-math.log(4), abs=1e-3)
     assert float(collapsed) == pytest.approx(0.0, abs=1e-3)
 

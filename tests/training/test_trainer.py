@@ -257,7 +257,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
 
 
 def test_bad_wishes_are_refused(tmp_path):
-    with pytest.raises(InvalidInputError, match="codebook_siz.*did you mean codebook_size"):
+    with pytest.raises(InvalidInputError, match=r"codebook_siz.*did you mean codebook_size"):
         build_model(vq_recipe(model={"system": "vq", "config": {"codebook_siz": 3}}))
     with pytest.raises(InvalidInputError, match="expected cpu or cuda"):
         Trainer(vq_recipe(), tmp_path, device="gpu")

@@ -26,6 +26,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Photographs for tokenizers: names that scikit-image ships, or files [default: none]."),
     ] = None,
+    photo_size: Annotated[int, typer.Option(min=16, help="Larger photographs are scaled to this longest side.")] = 512,
     fid: Annotated[
         str, typer.Option(help="Feature extractor of the Frechet distance: a model, inception, or none.")
     ] = "features-shapes",
@@ -71,7 +72,9 @@ def evaluate(
         elif hasattr(network, "decode"):
             if sampling:
                 raise InvalidInputError(f"{', '.join(sampling)}: settings for generators; {model} is a tokenizer")
-            report = evaluate_tokenizer(network, num_images=num_samples, photographs=photo or (), **shared)
+            report = evaluate_tokenizer(
+                network, num_images=num_samples, photographs=photo or (), photograph_size=photo_size, **shared
+            )
         else:
             raise InvalidInputError(
                 f"{model} is a {type(network).__name__}; tokenizers and generators can be evaluated"

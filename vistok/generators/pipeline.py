@@ -99,6 +99,10 @@ class GenerationPipeline(DiffusionPipeline):
         self.register_modules(
             generator=generator, tokenizer=tokenizer, text_encoder=text_encoder, text_tokenizer=text_tokenizer
         )
+        # diffusers would note the defining modules; the package also hands out the base class that loading looks for.
+        self.register_to_config(
+            generator=("vistok", type(generator).__name__), tokenizer=("vistok", type(tokenizer).__name__)
+        )
         self.register_to_config(
             class_names=None if class_names is None else list(class_names), sampling=dict(sampling or {})
         )

@@ -200,17 +200,16 @@ if triton is not None:
         tl.store(ids + row, tl.where(finite, best_id, -1), mask=row_inside)
 
 
-def _check_nearest_triton(x: Tensor, codebook: Tensor) -> None:
-    check_triton(x, codebook)
+def _launch_settings(rows: int, channels: int) -> dict[str, int]:
+    """Blocks that leave the accumulator in registers; the width a power of 2 and at least 16, as `tl.dot` asks."""
+    if channels <= 32:
+        width = max(16, 1 << (channels - 1).bit_length())
+        # Few features: small blocks, so that all multiprocessors have some.
+        return {"BLOCK_N": 64 if rows >= 8192 else 16, "BLOCK_K": 128, "BLOCK_D": width, "num_warps": 4}
+    return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": 32, "num_warps": 8}
 
 
-def _blocks(channels: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_K, BLOCK_D: the width a power of 2 and at least 16, as `tl.dot` asks; wide features in slices."""
-    width = max(16, 1 << (channels - 1).bit_length())
-    return (64, 128, width) if width <= 32 else (64, 64, min(width, 64))
-
-
-@_OP.backend("triton", check=_check_nearest_triton)
+@_OP.backend("triton", check=check_triton)
 def _triton(x: Tensor, codebook: Tensor) -> Tensor:
     ids = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     if x.shape[0] == 0:
@@ -218,9 +217,9 @@ def _triton(x: Tensor, codebook: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     codebook = codebook if codebook.stride(1) == 1 else codebook.contiguous()
     half = _half_squared_norm(codebook.float())
-    block_n, block_k, block_d = _blocks(x.shape[1])
+    settings = _launch_settings(*x.shape)
     with device_of(x):
-        _nearest_code_kernel[(triton.cdiv(x.shape[0], block_n),)](
+        _nearest_code_kernel[(triton.cdiv(x.shape[0], settings["BLOCK_N"]),)](
             x,
             codebook,
             half,
@@ -230,10 +229,7 @@ def _triton(x: Tensor, codebook: Tensor) -> Tensor:
             x.shape[1],
             x.stride(0),
             codebook.stride(0),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_D=block_d,
-            ONE_SLICE=x.shape[1] <= block_d,
-            num_warps=4,
+            ONE_SLICE=x.shape[1] <= settings["BLOCK_D"],
+            **settings,
         )
     return ids

@@ -33,9 +33,16 @@ NORM_GROUPS = 32
 QKV = ("q", "k", "v")
 
 
+class _GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm`, which refuses a single value a group only for batches of one; here it is just the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group normalisation with 32 groups and eps 1e-6; `channels` must be a multiple of 32."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    return _GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
