@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for one in found
         },
         "tokens/s",
-        f"{given.size} size, guidance {settings['guidance_scale']} for the first {settings['guidance_interval']} tokens, "
-        f"top-k {settings['top_k']}",
+        f"{given.size} size, guidance {settings['guidance_scale']} for the first {settings['guidance_interval']} "
+        f"tokens, top-k {settings['top_k']}",
     )
 
 

@@ -27,11 +27,9 @@ _MISSING = object()
 class Handle:
     """The changes made to one model, undone in reverse order by `remove()`."""
 
-    def __init__(self, on_remove: Callable[[], None] | None = None) -> None:
+    def __init__(self) -> None:
         self._stack = ExitStack()
         self._active = True
-        if on_remove is not None:
-            self._stack.callback(on_remove)
 
     @property
     def active(self) -> bool:
@@ -96,7 +94,8 @@ class Attachable:
                 f"this {type(self).__name__} is attached to this {type(model).__name__} already; remove the first "
                 "handle, or make a second object for a second set of changes"
             )
-        handle = Handle(on_remove=lambda: targets.pop(model, None))
+        handle = Handle()
+        handle.undo_with(targets.pop, model, None)
         try:
             self._attach(model, handle)
         except BaseException:

@@ -260,7 +260,7 @@ def _from_folder(folder: Path) -> Any:
     if "model_type" in config:  # transformers' mark; ours and diffusers' is _class_name
         from vistok.generators.text import TextEncoder
 
-        return TextEncoder.from_pretrained(folder)
+        return TextEncoder.from_pretrained(folder, dtype="auto")
     systems = {target.split(":")[1]: system for system, target in {**SYSTEMS, **HELPERS}.items()}
     class_name = config.get("_class_name")
     if class_name not in systems:
@@ -436,7 +436,6 @@ def load_pipeline(
         text_tokenizer=None if text is None else text.tokenizer,
         class_names=facts.get("class_names"),
         sampling=facts.get("sampling"),
-        image_size=facts.get("image_size"),
     )
 
 
@@ -466,9 +465,9 @@ def _load_text_encoder(name: str, device: torch.device | str | None, dtype: torc
     from vistok.generators.text import TextEncoder
 
     target = torch.device(device or "cpu")
-    if dtype is None and target.type == "cpu":
-        dtype = torch.float32
-    return TextEncoder.from_pretrained(name, dtype=dtype).to(target)
+    return TextEncoder.from_pretrained(name, dtype=dtype or ("auto" if target.type != "cpu" else torch.float32)).to(
+        target
+    )
 
 
 @lru_cache(maxsize=1)

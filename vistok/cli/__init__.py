@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("vistok: interrupted", file=sys.stderr)
         return 130
-    except click_error as error:
+    except click_error as error:  # type: ignore[misc]
         if not given:  # the help that a bare `vistok` shows
             print(error.format_message(), file=sys.stderr)
             return 2

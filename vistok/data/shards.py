@@ -9,6 +9,7 @@ A sample is a group of files with one stem: `000012.png` (or jpg, jpeg, webp) wi
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -55,7 +56,8 @@ def write_shards(
     """
     webdataset = require("webdataset", "train")
     text = os.fspath(pattern)
-    if not re.search(r"%0?\d*d", text):
+    place = re.search(r"%\d*d", text)
+    if place is None:
         raise InvalidInputError(f"pattern needs a number such as %05d, got {text!r}; for example 'train-%05d.tar'")
     if image_format not in IMAGE_KEYS:
         raise InvalidInputError(f"image_format must be one of {', '.join(IMAGE_KEYS)}, got {image_format!r}")
@@ -63,19 +65,13 @@ def write_shards(
         raise InvalidInputError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     written: list[Path] = []
     waiting = iter(samples)
-    number = 0
-    first = next(waiting, None)
-    while first is not None:
-        target = Path(text % len(written))
+    index = itertools.count()
+    while (first := next(waiting, None)) is not None:
+        target = Path(f"{text[: place.start()]}{place.group() % len(written)}{text[place.end() :]}")
         with atomic_path(target) as temporary, webdataset.TarWriter(str(temporary)) as writer:
-            sample: dict[str, Any] | None = first
-            for _ in range(samples_per_shard):
+            for sample in itertools.chain([first], itertools.islice(waiting, samples_per_shard - 1)):
+                number = next(index)
                 writer.write({"__key__": f"{number:09d}", **_encoded(sample, image_format, number)})
-                number += 1
-                sample = next(waiting, None)
-                if sample is None:
-                    break
-            first = sample
         written.append(target)
     if not written:
         raise InvalidInputError("there are no samples to write")
@@ -193,9 +189,8 @@ class ShardDataset(IterableDataset):
 def _expand(shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     found: list[str] = []
-    for pattern in map(os.fspath, patterns):
-        names = _braces(pattern)
-        for name in names:
+    for pattern in patterns:
+        for name in _braces(os.fspath(pattern)):
             paths = sorted(glob(name)) if any(sign in name for sign in "*?[") else [name]
             missing = [path for path in paths if not Path(path).is_file()]
             if missing or not paths:

@@ -316,12 +316,13 @@ class LlamaGen(ConditionalLlama):
         rotation = self.rotation_table(grid)[self.num_condition_tokens :]
         head = self.output.weight.float()
         known = torch.arange(size, device=ids.device) < start
+        ends = size if guidance_interval is None else guidance_interval + 2  # the first position without guidance
         if start:
+            if start >= ends:
+                run.end_guidance()
             causal = torch.ones(start, start, dtype=torch.bool, device=ids.device).tril()
             run.feed(ids[:, :start], rotation[:start], causal)
         for position in range(start, size):
-            if guidance_interval is not None and position - 1 > guidance_interval:
-                run.end_guidance()
             logits = functional.linear(run.guide(run.hidden[0][:, -1:]), head)
             chosen = checks(sampling.choose_tokens(logits, **choice), last=position + 1 == size)
             ids[:, position : position + 1] = chosen
@@ -329,4 +330,6 @@ class LlamaGen(ConditionalLlama):
             tokens = VisualTokens(ids=ids.clone(), grid=grid, mask=known.repeat(batch, 1))
             yield Step(position - start, size - start, tokens, torch.tensor([position]))
             if position + 1 < size:
+                if position + 1 >= ends:
+                    run.end_guidance()
                 run.feed(chosen, rotation[position : position + 1])

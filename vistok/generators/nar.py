@@ -451,14 +451,15 @@ class NAR(ConditionalLlama):
         checks = TokenChecks(device)
         rotation = self.rotation_table(grid)[self.num_condition_tokens :][diagonals.order]
         head = torch.cat([self.output.weight, self.vertical_output.weight], dim=1).float()
+        ends = size if guidance_interval is None else guidance_interval + 1  # no guidance for a start from here on
         if first:
             stop = starts[first]
+            if stop >= ends:
+                run.end_guidance()
             run.feed(ids[:, diagonals.order[:stop]], rotation[:stop], diagonals.mask()[:stop, :stop])
             run.hidden = tuple(state[:, starts[first - 1] :] for state in run.hidden)
         decided = known.to(device)
         for diagonal, (start, stop) in enumerate(pairwise(starts[first:]), first):
-            if guidance_interval is not None and diagonal > 0 and start > guidance_interval:
-                run.end_guidance()
             # The neighbours lie in the diagonal before, which is all that the hidden states hold (or the condition).
             offset = starts[diagonal - 1] if diagonal else -1
             left = (diagonals.left[start:stop] - offset).clamp_min(0)
@@ -474,4 +475,6 @@ class NAR(ConditionalLlama):
             tokens = VisualTokens(ids=ids.clone(), grid=grid, mask=decided.repeat(batch, 1))
             yield Step(diagonal - first, last + 1 - first, tokens, on_host_places[~known[on_host_places]])
             if diagonal < last:
+                if stop >= ends:
+                    run.end_guidance()
                 run.feed(chosen, rotation[start:stop])

@@ -87,8 +87,8 @@ class GenerationPipeline(DiffusionPipeline):
         wanted, held = generator.config.vocab_size, tokenizer.config.codebook_size
         if wanted != held:
             raise InvalidInputError(
-                f"{type(generator).__name__} writes tokens of a codebook of {wanted}, but {type(tokenizer).__name__} has "
-                f"{held} codes; load the tokenizer that the generator was trained with"
+                f"{type(generator).__name__} writes tokens of a codebook of {wanted}, but {type(tokenizer).__name__} "
+                f"has {held} codes; load the tokenizer that the generator was trained with"
             )
         if generator.is_text_conditional and (text_encoder is None or text_tokenizer is None):
             raise InvalidInputError(
@@ -139,10 +139,13 @@ class GenerationPipeline(DiffusionPipeline):
             raise InvalidInputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
         if num_images_per_prompt < 1:
             raise InvalidInputError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
+        prompts: list[str] | None
+        labels: list[int] | None
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise InvalidInputError(
-                f"callback_on_step_end_tensor_inputs {sorted(unknown)} unknown; available: {self._callback_tensor_inputs}"
+                f"callback_on_step_end_tensor_inputs {sorted(unknown)} unknown; "
+                f"available: {self._callback_tensor_inputs}"
             )
         if class_labels is not None:
             if self.generator.is_text_conditional:
@@ -158,9 +161,10 @@ class GenerationPipeline(DiffusionPipeline):
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
                 raise InvalidInputError(f"prompt must be a text or a list of texts, none empty; got {prompt!r}")
-            labels = None
             count = len(prompts)
-            if not self.generator.is_text_conditional:
+            if self.generator.is_text_conditional:
+                labels = None
+            else:
                 prompts, labels = None, [self.class_label(text) for text in prompts]
         if isinstance(generator, Sequence) and len(generator) != count * num_images_per_prompt:
             raise InvalidInputError(
@@ -186,7 +190,8 @@ class GenerationPipeline(DiffusionPipeline):
         if plain not in names:
             shown = ", ".join(names[:8])
             raise InvalidInputError(
-                f"unknown class {label!r}; this model draws one of {len(names)} classes: {shown}, ... (all: pipe.config.class_names)"
+                f"unknown class {label!r}; this model draws one of {len(names)} classes: {shown}, ... "
+                "(all: pipe.config.class_names)"
             )
         return names.index(plain)
 
@@ -307,8 +312,8 @@ class GenerationPipeline(DiffusionPipeline):
             prompt: one or several texts; a class-conditional generator takes the name of a class ("a red circle").
             class_labels: classes by number or name, instead of a prompt.
             num_images_per_prompt: pictures of each prompt or class.
-            guidance_scale: classifier-free guidance, u + s (c - u); up to 1 is none. None takes the checkpoint's default, here
-                and below.
+            guidance_scale: classifier-free guidance, u + s (c - u); up to 1 is none. None takes the checkpoint's
+                default, here and below.
             guidance_interval: see the generator's `sample`.
             temperature: 0 is greedy.
             top_k, top_p: filters; 0 and 1 switch them off.

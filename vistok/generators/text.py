@@ -1,7 +1,7 @@
 """Text conditioning: any transformers text encoder, used the way LlamaGen and NAR used FLAN-T5.
 
-A caption is cleaned, tokenised, encoded, cut or padded to the T tokens that the generator was trained with, and moved to the
-right end (source: LlamaGen, arXiv 2406.06525, section 2.3, and the authors' text pipeline).
+A caption is cleaned, tokenised, encoded, cut or padded to the T tokens that the generator was trained with, and moved
+to the right end (source: LlamaGen, arXiv 2406.06525, and the authors' text pipeline).
 
 Letters: B captions, T tokens, D channels.
 """
@@ -60,14 +60,19 @@ class TextEncoder(nn.Module):
             CheckpointError: nothing usable there, damaged files, or weights that do not cover the network.
         """
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+        from transformers import (
+            MODEL_FOR_TEXT_ENCODING_MAPPING,
+            AutoConfig,
+            AutoModel,
+            AutoModelForTextEncoding,
+            AutoTokenizer,
+        )
 
         shipped = ASSETS / os.fspath(name)
         source = str(shipped if shipped.is_dir() else name)
         try:
             config = AutoConfig.from_pretrained(source)
-            known = type(config) in AutoModelForTextEncoding._model_mapping
-            network = AutoModelForTextEncoding if known else AutoModel
+            network = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
             model, report = network.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -106,7 +111,7 @@ class TextEncoder(nn.Module):
             )
 
     def check_captions(self, captions: Sequence[str], num_tokens: int) -> None:
-        """Check captions before any work; a closed vocabulary also refuses unknown words and captions that are too long.
+        """Check captions before any work; a closed vocabulary also refuses unknown words and overlong captions.
 
         Raises:
             InvalidInputError: no captions, something else than texts, unknown words, or a caption that is too long.

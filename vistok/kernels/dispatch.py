@@ -243,17 +243,27 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def full_precision_matmul() -> Iterator[None]:
+def full_precision_matmul(device: torch.device) -> Iterator[None]:
     """Keep float32 matmuls in float32: TF32 (GPU) or bfloat16 (CPU) operands would flip indices.
 
-    The setting is the process's (`torch.set_float32_matmul_precision`); it is changed only if it is not the default.
+    The setting is the process's; it is changed only if it allows something else, and put back.
     """
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn
+    backend = getattr(backend, "matmul", backend)
+    if hasattr(backend, "fp32_precision"):  # torch >= 2.9; it also reflects torch.set_float32_matmul_precision
+        before = backend.fp32_precision
+        if before == "ieee":
+            yield
+            return
+        backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            backend.fp32_precision = before
+    else:
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)

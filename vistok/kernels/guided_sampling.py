@@ -204,47 +204,80 @@ def _eager(
     top_k: int,
     top_p: float,
 ) -> Tensor:
+    """Without a sort: top-k first, then everything on its survivors only. S below is their number, or V."""
     logits = _guide(logits, uncond_logits, guidance_scale)
     if noise is None:
         best, ids = logits.max(dim=1)
         return ids.masked_fill_(~best.isfinite(), -1)
-    logits = logits / temperature
-    best = logits.amax(dim=1, keepdim=True)
+    if temperature != 1:
+        logits = logits / temperature
+    columns = None
     if top_k > 0:
-        kth = logits.topk(top_k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-        logits.masked_fill_(logits < kth, -math.inf)
-    weights = (logits - best).exp_()
+        logits, columns = _survivors(logits, top_k)
+        noise = noise.gather(1, columns)
+    best = logits.amax(dim=1, keepdim=True)
+    weights = (logits - best).exp_()  # [R, S]: the race needs no normalised probabilities
     race = weights / noise.clamp_min(_TINY)
-    winner, ids = race.max(dim=1)
+    winner, chosen = _fastest(race, columns)
     valid = best[:, 0].isfinite() & ~winner.isnan()
     if top_p < 1:
-        _race_again_outside_nucleus(ids, logits, weights, race, top_p)
+        _race_again_outside_nucleus(chosen, logits, weights, race, columns, top_p)
+    ids = chosen if columns is None else columns.gather(1, chosen[:, None])[:, 0]
     return ids.masked_fill_(~valid, -1)
 
 
-def _race_again_outside_nucleus(ids: Tensor, logits: Tensor, weights: Tensor, race: Tensor, top_p: float) -> None:
-    """Replace, in place, winners `ids` `[R]` outside the nucleus. `weights` `[R, V]` are unnormalised probabilities.
+_TIES = 64
 
-    A token is inside if those ranked above it (larger logit, or equal and lower index) weigh no more than `top_p` of all.
+
+def _survivors(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The logits `[R, S]` that top-k keeps (others -infinity) and their columns `[R, S]`, in no particular order.
+
+    A few more than k are fetched, because logits equal to the k-th stay as well; many more only if that was not enough.
+    """
+    count = min(top_k + _TIES, logits.shape[1])
+    while True:
+        values, columns = logits.topk(count, dim=1, sorted=False)
+        kth = values.kthvalue(count - top_k + 1, dim=1, keepdim=True).values
+        smaller = values < kth
+        if count == logits.shape[1] or bool(smaller.any(dim=1).all()):
+            return values.masked_fill_(smaller, -math.inf), columns
+        count = min(4 * count, logits.shape[1])
+
+
+def _fastest(race: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Value and position `[R]` of the winner; of equals the lowest column, whatever the order of `columns`."""
+    winner, position = race.max(dim=1)
+    if columns is None:
+        return winner, position
+    equal = race == winner[:, None]
+    return winner, torch.where(equal, columns, torch.iinfo(torch.int64).max).argmin(dim=1)
+
+
+def _race_again_outside_nucleus(
+    chosen: Tensor, logits: Tensor, weights: Tensor, race: Tensor, columns: Tensor | None, top_p: float
+) -> None:
+    """Replace, in place, winners `chosen` `[R]` that lie outside the nucleus; other tensors `[R, S]`.
+
+    A token is inside if those ranked above it (larger logit, or equal and lower column) weigh no more than `top_p` of all.
     If it is not, nothing ranked below it is either: the next winner is sought above. The best token ends every race.
     """
     rows = torch.arange(logits.shape[0], device=logits.device)
-    columns = torch.arange(logits.shape[1], device=logits.device)
+    if columns is None:
+        columns = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
     limit = top_p * weights.sum(dim=1)
     while True:
-        chosen = ids[rows, None]
-        own = logits.gather(1, chosen)
+        position = chosen[rows, None]
+        own = logits.gather(1, position)
         above = logits > own
         equal = logits == own
         if int(equal.sum()) > len(rows):
-            above |= equal & (columns < chosen)
+            above |= equal & (columns < columns.gather(1, position))
         outside = ((weights * above).sum(dim=1) > limit).nonzero()[:, 0]
         if len(outside) == 0:
             return
-        rows, limit = rows[outside], limit[outside]
-        logits, weights, race, above = logits[outside], weights[outside], race[outside], above[outside]
-        race.masked_fill_(~above, -1)
-        ids[rows] = race.argmax(dim=1)
+        rows, limit, above, columns = rows[outside], limit[outside], above[outside], columns[outside]
+        logits, weights, race = logits[outside], weights[outside], race[outside].masked_fill_(~above, -1)
+        chosen[rows] = _fastest(race, columns)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- Triton

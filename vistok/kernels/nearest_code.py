@@ -93,29 +93,24 @@ def _half_squared_norm(codebook: Tensor) -> Tensor:
 def _eager(x: Tensor, codebook: Tensor) -> Tensor:
     """One matmul a chunk of rows; then the minimum of each group of codes, the best group, and the best code in it.
 
-    A minimum over short groups is vectorised where an argmin over the row is not (2-3 times faster in all), and both
-    steps take the first of equals, so the lowest index still wins.
+    A minimum over short groups is vectorised where an argmin over the row is not (2-4 times faster in all for few
+    channels), and both steps take the first of equals, so the lowest index still wins.
     """
     dtype = _working_dtype(x, codebook)
-    rows, (codes, channels) = x.shape[0], codebook.shape
+    codebook = codebook.to(dtype)
+    half = _half_squared_norm(codebook)
+    rows, codes = x.shape[0], codebook.shape[0]
     group = 1 << (codes.bit_length() // 2)  # about sqrt(K)
     groups = -(-codes // group)
-    # The norm rides along as one more channel, against a constant 1; padding codes have an infinite one.
-    weight = torch.zeros(channels + 1, groups * group, dtype=dtype, device=x.device)
-    weight[:channels, :codes] = codebook.to(dtype).t().neg()
-    weight[channels, :codes] = _half_squared_norm(codebook.to(dtype))
-    weight[channels, codes:] = math.inf
-
     at_once = _SCORES_AT_ONCE.get(x.device.type, _SCORES_AT_ONCE_ELSEWHERE)
     chunk = max(1, min(rows, at_once // (groups * group)))
-    features = torch.ones(chunk, channels + 1, dtype=dtype, device=x.device)
-    scores = torch.empty(chunk, groups * group, dtype=dtype, device=x.device)
+    scores = torch.full((chunk, groups * group), math.inf, dtype=dtype, device=x.device)  # padding codes never win
     ids = torch.empty(rows, dtype=torch.int64, device=x.device)
-    with full_precision_matmul():
+    with full_precision_matmul(x.device):
         for start in range(0, rows, chunk):
             count = min(chunk, rows - start)
-            features[:count, :channels] = x[start : start + count]
-            torch.mm(features[:count], weight, out=scores[:count])
+            features = x[start : start + count].to(dtype)
+            torch.addmm(half, features, codebook.t(), alpha=-1, out=scores[:count, :codes])
             grouped = scores[:count].view(count, groups, group)
             best, best_group = grouped.amin(dim=2).min(dim=1)
             inside = grouped.gather(1, best_group[:, None, None].expand(count, 1, group))[:, 0].argmin(dim=1)

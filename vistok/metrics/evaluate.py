@@ -407,7 +407,11 @@ def evaluate_generator(
             on_images=on_images,
         )
         readings = _read(images, on_progress, f"reading {title}")
-        shares = class_accuracy(readings, requests) if kind == "class" else caption_accuracy(readings, requests)
+        shares = (
+            class_accuracy(readings, [request for request in requests if isinstance(request, int)])
+            if kind == "class"
+            else caption_accuracy(readings, [str(request) for request in requests])
+        )
         report[kind] = {name: share.to_dict() for name, share in shares.items()}
         if extractor is not None:
             what = "one object of each class in turn" if kind == "class" else title

@@ -75,6 +75,7 @@ class ShapesFeatures(VistokModel):
     @register_to_config
     def __init__(self, base_channels: int = 32, num_features: int = 128, image_size: int = 64) -> None:
         super().__init__()
+        self.image_size, self.num_features = image_size, num_features
         if base_channels % 8 or image_size % 16:
             raise InvalidInputError(
                 f"base_channels must be a multiple of 8 and image_size of 16; got {base_channels} and {image_size}"
@@ -108,11 +109,6 @@ class ShapesFeatures(VistokModel):
         return cls(**{"base_channels": 8, "num_features": 16, **overrides}).eval()
 
     @property
-    def num_features(self) -> int:
-        """D."""
-        return self.config.num_features
-
-    @property
     def evaluator(self) -> str:
         """What to print beside a distance."""
         return f"ShapesFeatures, {self.num_features} penultimate features"
@@ -120,7 +116,7 @@ class ShapesFeatures(VistokModel):
     @property
     def resize(self) -> str:
         """What happens to images before they are read."""
-        return f"to {self.config.image_size}x{self.config.image_size} if of another size, bilinear with antialias"
+        return f"to {self.image_size}x{self.image_size} if of another size, bilinear with antialias"
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, D] of images [B, 3, H, W] in [-1, 1].
@@ -130,7 +126,7 @@ class ShapesFeatures(VistokModel):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise InvalidInputError(f"images must be [B, 3, H, W] in [-1, 1]; got {list(images.shape)}")
-        size = self.config.image_size
+        size = self.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
         hidden = self.blocks(self.stem(images.to(self.dtype)))

@@ -414,7 +414,7 @@ class ConditionalLlama(VistokModel):
         """Normed input [B, L, D] of each output head; the generators define it."""
         raise InvalidInputError(f"{type(self).__name__} defines no heads")
 
-    def sample(self, condition: Tensor | TextCondition, **settings: Any) -> Iterator[Step]:
+    def sample(self, *args: Any, **settings: Any) -> Iterator[Step]:
         """Write images step by step; the generators define it."""
         raise InvalidInputError(f"{type(self).__name__} defines no decoding order")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ __all__ = [
     "uniform",
 ]
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,9 @@ def _measure_time(
                 labels = _labels(batch, pipeline)
                 draws = image_generators(seed + repeat, 0, batch)
                 generating, written = _seconds(
-                    lambda p=pipeline, x=labels, d=draws, s=settings[arm]: p.generator.generate(x, generator=d, **s),
-                    device,
+                    partial(pipeline.generator.generate, labels, generator=draws, **settings[arm]), device
                 )
-                decoding, _ = _seconds(lambda p=pipeline, w=written: p.tokenizer.decode(w), device)
+                decoding, _ = _seconds(partial(pipeline.tokenizer.decode, written), device)
                 if repeat:  # the first one warms up
                     tokens[arm].append(1000 * generating / batch)
                     whole[arm].append(1000 * (generating + decoding) / batch)
@@ -229,8 +229,8 @@ def _measure_quality(
             seed=seed,
             sampling=settings[arm],
             extractor=extractor,
-            on_progress=lambda what, done, total, arm=arm: progress(f"{arm}: {what}", done, total),
-            on_images=lambda what, images, batches=batches: batches.append(images),
+            on_progress=partial(_tell, progress, arm),
+            on_images=partial(_keep, batches),
         )
         report.figures[arm].update(evaluation["class"])
         pictures[arm] = torch.cat(batches)
@@ -238,6 +238,14 @@ def _measure_quality(
     report.findings += [_accuracy_finding(report), _distance_finding(pictures, count, extractor, report)]
     report.save(output)
     return pictures
+
+
+def _tell(progress: Progress, arm: str, what: str, done: int, total: int) -> None:
+    progress(f"{arm}: {what}", done, total)
+
+
+def _keep(batches: list[Tensor], what: str, images: Tensor) -> None:
+    batches.append(images)
 
 
 def _accuracy_finding(report: Report) -> Finding:

@@ -1,11 +1,11 @@
 """The lab's text encoder: a small T5 encoder trained to understand captions of the lab world.
 
-LlamaGen and NAR see the *average* of their caption tokens (condition tokens have zero attention keys), so a useful encoder
-puts the whole description into every token. The objective asks just that: from the output at every word, linear heads must
-read shape, colour, size and shade of each object, and the relation between the first two.
+LlamaGen and NAR see the *average* of their caption tokens (condition tokens have zero attention keys), so a useful
+encoder puts the whole description into every token. The objective asks just that: from the output at every word, linear
+heads must read shape, colour, size and shade of each object, and the relation between the first two.
 
-The result is a stock transformers `T5EncoderModel` with a stock word-level tokenizer, used exactly like the FLAN-T5 of the
-published models.
+The result is a stock transformers `T5EncoderModel` with a stock word-level tokenizer, used exactly like the FLAN-T5 of
+the published models.
 
 Letters: B captions, T tokens a caption, D channels.
 """
@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +124,7 @@ class CaptionEncoder(VistokModel):
         """A flavour that builds in milliseconds."""
         return cls(**{"hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 16, **overrides})
 
-    def training_loss(self, batch: dict[str, Tensor], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Cross-entropy of every head at every valid token.
 
         Args:
@@ -203,7 +205,7 @@ def train_caption_encoder(
             optimizer.step()
             schedule.step()
             if (step + 1) % 100 == 0:
-                figures = {name: round(float(value), 5) for name, value in losses.items()}
+                figures = {name: round(float(value.detach()), 5) for name, value in losses.items()}
                 log.write(json.dumps({"step": step + 1, **figures}) + "\n")
                 log.flush()
     model.eval()

@@ -30,6 +30,7 @@ EVALUATION_BATCH = 64
 PHOTO_SIDE = 256
 SHOWN = 16
 SAMPLED = 64
+ORACLE_SIDE = 16  # pixels that the oracle needs
 
 
 class Monitor(Protocol):
@@ -145,7 +146,7 @@ class GeneratorMonitor:
         self.held_out: list[dict[str, Any]] = []
         self.labels: list[int] = []
         self.captions: list[str] = []
-        self.in_the_lab = isinstance(recipe.data, ShapesTokensRecipe)
+        self.oracle_can_read = isinstance(recipe.data, ShapesTokensRecipe) and recipe.data.image_size >= ORACLE_SIDE
         if isinstance(recipe.data, ShapesTokensRecipe):
             self._draw_held_out(recipe.data, recipe.seed + HELD_OUT_STREAM)
         elif encode_captions is not None:
@@ -194,7 +195,7 @@ class GeneratorMonitor:
             tokens = generator.generate(condition, generator=draws, **self.settings)
             images = self.tokenizer.decode(tokens).float().cpu()
         figures: dict[str, float] = {}
-        if self.in_the_lab:
+        if self.oracle_can_read:
             shares = caption_accuracy(images, self.captions) if self.captions else class_accuracy(images, self.labels)
             figures = {f"samples/{name}": share.value for name, share in shares.items() if share.total}
         return {"samples": picture_grid(images, 8)}, figures

@@ -99,8 +99,8 @@ class ShapesTokensRecipe:
     """
 
     source: Literal["shapes-tokens"]
-    scenes: int = number(low=1)
     condition: Literal["class", "caption"]
+    scenes: int = number(low=1)
     image_size: int = number(64, 8, 4096)
     objects: tuple[int, int] = number((1, 1), 1, 3)
 

@@ -106,7 +106,7 @@ def build_model(recipe: Recipe) -> VistokModel:
         InvalidInputError: its constructor does not know an argument.
     """
     cls = system_class(recipe.model.system)
-    known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    known = [name for name in inspect.signature(cls).parameters if name != "self"]
     for name in recipe.model.config:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
@@ -557,7 +557,7 @@ class Trainer:
             yield
             return
         self._interrupted = False
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._interrupted = True

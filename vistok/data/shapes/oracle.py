@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -42,14 +43,16 @@ from vistok.errors import InvalidInputError
 from vistok.files import open_image
 
 Array = np.ndarray
-ImageLike = Array | torch.Tensor | Image.Image | str | Path
+ImageLike: TypeAlias = Array | torch.Tensor | Image.Image | str | Path
 
 WORKING_SIZE = 64
 _FAINTEST = 22.0  # least RGB distance from the background that counts as an object; sampled scenes keep 46
 _SMALLEST_AREA = 24  # pixels at the working size; the smallest sampled object covers 83
 _RADII = (0.085, 0.32)  # what may pass for an object, fraction of the side
+_GOOD_ERROR = 0.06  # below this a region is not split
 _ACCEPT_ERROR = 0.22  # share of coverage energy left unexplained above which a region is not an object
 _LEAST_CONFIDENCE = 0.02  # readings below this are nothing
+_LEAST_LIKENESS = 0.85  # correlation with the best template; rendered scenes reach 0.97
 _TURNS = tuple(range(-30, 31, 5))
 _BLURS = (0.02, 0.1, 0.2)  # of the bank, in the same unit as its frame
 _NOISY = 4.0  # noise from which detection smooths first, with a Gaussian of one pixel
@@ -205,7 +208,7 @@ def _read(pixels: Array) -> Reading:
     # Beside a sure object, a far less sure one is an artefact.
     surest = max((item.confidence for item in found), default=0.0)
     found = sorted((item for item in found if item.confidence >= 0.2 * surest), key=lambda item: -item.radius)
-    explained = 1.0 - stray / float(areas[1:].sum())
+    explained = 1.0 - float(stray) / float(areas[1:].sum())
     confidence = min((item.confidence for item in found), default=0.0) * max(0.0, 2.0 * explained - 1.0)
     return Reading(tuple(found), confidence) if confidence >= _LEAST_CONFIDENCE else Reading((), 0.0)
 
@@ -254,7 +257,7 @@ def _take_apart(pixels: Array) -> _Layers:
 def _best_reading(layers: _Layers, own: Array, others: Array) -> list[SeenObject]:
     """The object of a region, or the objects of its parts if these explain it better."""
     whole = _fit(layers, own, others)
-    if whole is not None and whole[1] < 0.06:
+    if whole is not None and whole[1] < _GOOD_ERROR:
         return [whole[0]]
     readings = [] if whole is None else [whole]
     for parts in (_by_colour(layers.difference, own), _by_necks(own)):
@@ -266,6 +269,8 @@ def _best_reading(layers: _Layers, own: Array, others: Array) -> list[SeenObject
             not readings or max(error for _, error in kept) < 0.6 * max(error for _, error in readings)
         ):
             readings = kept
+        if readings and max(error for _, error in readings) < _GOOD_ERROR:
+            break
     return [item for item, error in readings if error < _ACCEPT_ERROR]
 
 
@@ -426,6 +431,8 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
     for number in np.argsort(-likeness):
         best.setdefault(bank.names[number], int(number))
     order = sorted(best, key=lambda shape: -likeness[best[shape]])
+    if likeness[best[order[0]]] < _LEAST_LIKENESS:
+        return None
 
     noise = layers.noise**2 * float((weight / strength).sum())  # energy that noise adds to the coverage
     fits: list[tuple[float, float, str, Array]] = []
@@ -449,6 +456,8 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
     if not _RADII[0] <= radius <= _RADII[1]:
         return None
     cover = (_cover(shape, x, y, parameters) * weight)[..., None]
+    # Coverage along one colour cannot see a neighbour of another colour: pixels of the region left bare count as error.
+    error += max(0.0, float((cover[..., 0][own] < 0.25).mean()) - 0.08)
     rgb = (cover * (window + cover * ground)).sum((0, 1)) / float((cover * cover).sum() + 1e-6)
     name, tone, far = _nearest_colour(rgb)
     turn = 0.0 if shape in ("circle", "ring") else math.degrees(parameters[3])

@@ -330,14 +330,10 @@ def sample_scene(
             raise InvalidInputError(f"unknown relation {relation!r}; known: {', '.join(RELATIONS)}")
         if low < 2:
             raise InvalidInputError(f"relation={relation!r} needs at least two objects, got num_objects={num_objects}")
-    if shape is colour is size is shade is None:
-        shapes = colours = sizes = shades = (None,) * count
-    else:
-        shapes = _fixed("shape", shape, SHAPES, count)
-        colours = _fixed("colour", colour, COLOURS, count)
-        sizes = _fixed("size", size, SIZES, count)
-        shades = _fixed("shade", shade, SHADES, count)
-
+    shapes = _fixed("shape", shape, SHAPES, count)
+    colours = _fixed("colour", colour, COLOURS, count)
+    sizes = _fixed("size", size, SIZES, count)
+    shades = _fixed("shade", shade, SHADES, count)
     kinds: list[tuple[str, str]] = []
     for number in range(count):
         kind = (shapes[number] or draws.choice(SHAPES), colours[number] or draws.choice(COLOURS))
@@ -388,7 +384,9 @@ def _object_range(num_objects: int | tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _fixed(name: str, given: _Fixed, known: tuple[str, ...], count: int) -> tuple[str | None, ...]:
-    values = (given,) if given is None or isinstance(given, str) else tuple(given)
+    if given is None:
+        return (None,) * count
+    values = (given,) if isinstance(given, str) else tuple(given)
     for value in values:
         if value is not None and value not in known:
             raise InvalidInputError(f"unknown {name} {value!r}; known: {', '.join(known)}")
@@ -398,15 +396,15 @@ def _fixed(name: str, given: _Fixed, known: tuple[str, ...], count: int) -> tupl
 def _place(draws: _Draws, radii: list[float], relation: str | None) -> list[tuple[float, float]]:
     """Centres at which objects of these radii keep `MARGIN` to the border, `GAP` to each other and the relation."""
     if len(radii) == 1:
-        low = radii[0] + MARGIN
-        return [(draws.uniform(low, 1.0 - low), draws.uniform(low, 1.0 - low))]
+        edge = radii[0] + MARGIN
+        return [(draws.uniform(edge, 1.0 - edge), draws.uniform(edge, 1.0 - edge))]
     if len(radii) == 2:
         return _place_two(draws, radii, relation or draws.choice(RELATIONS))
     radius = np.array(radii)
-    low = (radius + MARGIN)[:, None]
+    lowest = (radius + MARGIN)[:, None]
     least = np.array([radii[a] + radii[b] + GAP for a, b in _PAIRS]) ** 2
     while True:
-        centres = low + (1.0 - 2.0 * low) * draws.generator.random((64, 3, 2))
+        centres = lowest + (1.0 - 2.0 * lowest) * draws.generator.random((64, 3, 2))
         apart = centres[:, _PAIR_FIRST] - centres[:, _PAIR_SECOND]
         fits = ((apart * apart).sum(-1) >= least).all(-1)
         for candidate in np.flatnonzero(fits):

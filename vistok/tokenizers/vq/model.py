@@ -431,7 +431,7 @@ class VQModel(VistokModel):
             left, top = (sizes[0][1] - width) // 2, (sizes[0][0] - height) // 2
             pictures = [picture.crop((left, top, left + width, top + height)) for picture in pictures]
         else:
-            target = (size, size) if isinstance(size, int) else tuple(size)
+            target = (size, size) if isinstance(size, int) else (size[0], size[1])
             if any(side < factor or side % factor for side in target):
                 raise InvalidInputError(f"size must be a multiple of {factor}, at least {factor}; got {size}")
             pictures = [center_crop(picture, target) for picture in pictures]
