@@ -162,6 +162,41 @@ def test_training_lowers_the_loss_and_samples_are_judged(tmp_path):
     assert (result.run_dir / "samples" / "samples-00000040.png").is_file()
 
 
+def test_captions_reach_a_generator(tmp_path):
+    from vistok.training.caption_encoder import CaptionEncoder
+
+    CaptionEncoder.tiny().export(tmp_path / "text")
+    config = {**LLAMAGEN, "grid": [8, 8], "num_classes": None, "caption_dim": 16, "num_condition_tokens": 24}
+    recipe = generator_recipe(
+        model={"system": "nar", "config": config},
+        data={"source": "shapes-tokens", "image_size": 16, "scenes": 16, "condition": "caption", "objects": [1, 2]},
+        text_encoder=str(tmp_path / "text"),
+        steps=2,
+        validate_every=2,
+        sample_every=2,
+    )
+    result = fit(recipe, tmp_path / "runs" / "one")
+    assert result.metrics["val/loss"] > 0.0
+    assert 0.0 <= result.metrics["samples/caption"] <= 1.0
+    assert (tmp_path / "runs" / "one" / "samples" / "samples-00000002.png").is_file()
+
+
+def test_users_own_folders_are_tokenized_on_the_way(tmp_path):
+    from PIL import Image
+
+    for name, colour in (("dark", 20), ("light", 200)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20, 12), (colour, number, 0)).save(tmp_path / "images" / name / f"{number}.png")
+    data = {"source": "folder", "path": str(tmp_path / "images"), "image_size": 8}
+    model = {"system": "llamagen", "config": {**LLAMAGEN, "num_classes": 2}}
+    result = fit(generator_recipe(model=model, data=data, steps=2, sample_every=2), tmp_path / "generator")
+    assert result.step == 2
+    assert (tmp_path / "generator" / "samples" / "samples-00000002.png").is_file()
+    tokenizer = fit(vq_recipe(data=data, steps=2, validate_every=2), tmp_path / "tokenizer")
+    assert tokenizer.metrics["val/psnr"] > 0.0
+
+
 def test_ctrl_c_saves_and_ends_with_130(tmp_path, monkeypatch):
     app = typer.Typer()
     app.command()(train)

@@ -22,7 +22,7 @@ def train(
 ) -> None:
     """Train a model from a recipe. Ctrl-C saves a checkpoint; the same command continues from it.
 
-    Several processes: accelerate launch --num_processes 2 -m vistok train RECIPE
+    Several processes: accelerate launch --multi_gpu --num_processes 2 -m vistok train RECIPE (also with --device cpu).
     """
     from vistok.training.recipe import load_recipe
     from vistok.training.trainer import Trainer

@@ -165,7 +165,8 @@ class GenerationPipeline(DiffusionPipeline):
             if self.generator.is_text_conditional:
                 labels = None
             else:
-                prompts, labels = None, [self.class_label(text) for text in prompts]
+                labels = [self.class_label(text) for text in prompts]
+                prompts = None
         if isinstance(generator, Sequence) and len(generator) != count * num_images_per_prompt:
             raise InvalidInputError(
                 f"{len(generator)} generators for {count * num_images_per_prompt} images; give one, or one an image"

@@ -12,8 +12,8 @@ Every op is one `Op` with several backends, each a function over the same tensor
 Ask for one with `vistok.kernels.use("eager")`, with `with use("reference"): ...`, or with the environment variable
 `VISTOK_KERNELS`; `explain` says what would run, and why.
 
-Each op is registered as `torch.ops.vistok.<name>` with a fake implementation, so `torch.compile(fullgraph=True)` keeps it
-as one node; the backend is chosen when that node runs.
+Each op is registered as `torch.ops.vistok.<name>` with a fake implementation, so `torch.compile(fullgraph=True)` keeps
+it as one node; the backend is chosen when that node runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Declined(InvalidInputError):
         self.reason = reason
 
 
-# ------------------------------------------------------------------------------------------------ which one is asked for
+# ---------------------------------------------------------------------------------------------- which one is asked for
 
 
 def _checked_name(name: str, source: str) -> str:
@@ -102,7 +102,7 @@ class use:
         _requested = self._previous
 
 
-# ------------------------------------------------------------------------------------------------------------ the ops
+# ------------------------------------------------------------------------------------------------------------- the ops
 
 
 @dataclass(frozen=True)
@@ -217,15 +217,15 @@ def explain(op: str | Callable[..., Tensor], *arguments: Any, **options: Any) ->
     return operation.choose(*operation.prepare(*arguments, **options))
 
 
-# -------------------------------------------------------------------------------------------- what backends share
+# ------------------------------------------------------------------------------------------------- what backends share
 
 
-def check_triton(*tensors: Tensor | None) -> None:
-    """Raise `Declined` if Triton cannot run here, or not on these tensors (device, dtype)."""
+def check_triton(*arguments: object) -> None:
+    """Raise `Declined` if Triton cannot run here, or not on the tensors among these arguments (device, dtype)."""
     if triton is None:
         raise Declined("Triton is not installed")
-    for tensor in tensors:
-        if tensor is None:
+    for tensor in arguments:
+        if not isinstance(tensor, Tensor):
             continue
         if not tensor.is_cuda and not _INTERPRETED:
             raise Declined(f"the tensors are on {tensor.device.type!r}, and the kernel runs on CUDA tensors")

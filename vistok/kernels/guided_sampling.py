@@ -2,9 +2,9 @@
 
 Shape letters: R rows (images, or images x positions), V vocabulary.
 
-Order: guidance, temperature, top-k, top-p, softmax, choice. A token is drawn as `argmax(probs / noise)` with `noise` from
-the exponential distribution: the race that `torch.multinomial` runs inside, with the draws handed in by the caller. So
-the result depends on nothing but its own row, and no backend needs a random generator.
+Order: guidance, temperature, top-k, top-p, softmax, choice. A token is drawn as `argmax(probs / noise)` with `noise`
+from the exponential distribution: the race inside `torch.multinomial`, with the draws handed in by the caller.
+So the result depends on nothing but its own row, and no backend needs a random generator.
 
 The fast paths never sort. The race needs no normalised probabilities, and a token's place in the nucleus is one masked
 sum: draw first, and if the winner lies outside, let only the tokens ranked above it race again.
@@ -258,8 +258,8 @@ def _race_again_outside_nucleus(
 ) -> None:
     """Replace, in place, winners `chosen` `[R]` that lie outside the nucleus; other tensors `[R, S]`.
 
-    A token is inside if those ranked above it (larger logit, or equal and lower column) weigh no more than `top_p` of all.
-    If it is not, nothing ranked below it is either: the next winner is sought above. The best token ends every race.
+    A token is inside if those ranked above it (larger logit, or equal and lower column) weigh no more than `top_p` of
+    all. If it is not, nothing ranked below it is either: the next winner is sought above. The best ends every race.
     """
     rows = torch.arange(logits.shape[0], device=logits.device)
     if columns is None:
@@ -280,7 +280,7 @@ def _race_again_outside_nucleus(
         chosen[rows] = _fastest(race, columns)[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------- Triton
+# -------------------------------------------------------------------------------------------------------------- Triton
 
 if triton is not None:
 
@@ -322,7 +322,7 @@ if triton is not None:
         TINY: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One row a program. Nothing is written but the token: a row's logits are read again from the cache each pass."""
+        """One row a program. Only the token is written: each pass reads the row's logits again, from the cache."""
         row = tl.program_id(0).to(tl.int64)
         cond = cond_logits + row * cond_stride
         uncond = uncond_logits + row * uncond_stride
@@ -384,8 +384,8 @@ if triton is not None:
                     fastest = block_best
                     chosen = start + block_id
 
-            # Top-p: a winner is in the nucleus if those ranked above it weigh no more than top_p of all. If not, they race
-            # again without it and everything below; the best token ends it. A NaN ends it too (the comparison is false).
+            # Top-p: a winner is in the nucleus if those ranked above it weigh no more than top_p of all. If not, they
+            # race again without it and everything below; the best token ends it.
             if HAS_TOP_P:
                 outside = 1
                 while outside > 0:
@@ -418,16 +418,12 @@ if triton is not None:
         tl.store(ids + row, tl.where(usable & (bad == 0), chosen, -1).to(tl.int64))
 
 
-def _check_sampling_triton(logits: Tensor, noise: Tensor | None, uncond_logits: Tensor | None, *settings: float) -> None:
-    check_triton(logits, noise, uncond_logits)
-
-
 def _launch_settings(vocabulary: int) -> dict[str, int]:
     block = min(4096, max(128, 1 << (vocabulary - 1).bit_length()))
     return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
 
 
-@_OP.backend("triton", check=_check_sampling_triton)
+@_OP.backend("triton", check=check_triton)
 def _triton(
     logits: Tensor,
     noise: Tensor | None,

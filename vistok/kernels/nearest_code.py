@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vistok.errors import InvalidInputError
-from vistok.kernels.dispatch import Op, check_triton, device_of, full_precision_matmul, triton
+from vistok.kernels.dispatch import Declined, Op, check_triton, device_of, full_precision_matmul, triton
 
 if triton is not None:
     from triton import language as tl
@@ -36,8 +36,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         codebook: codes `[K, D]`, floating point, on the same device, K >= 1.
 
     Returns:
-        int64 `[N]` in 0..K-1; **-1 for a row of `x` that holds NaN or infinity, and for every row if the codebook does.**
-        An embedding lookup refuses -1, so a broken encoder cannot pass for a working one.
+        int64 `[N]` in 0..K-1; **-1 for a row of `x` that holds NaN or infinity, and for every row if the codebook
+        does.** An embedding lookup refuses -1, so a broken encoder cannot pass for a working one.
 
     Raises:
         InvalidInputError: for other shapes, dtypes or devices.
@@ -53,7 +53,9 @@ def _prepare(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
             "flatten a feature map to rows of D channels first"
         )
     if codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise InvalidInputError(f"the codebook is empty: {tuple(codebook.shape)}; it needs at least one code, one channel")
+        raise InvalidInputError(
+            f"the codebook is empty: {tuple(codebook.shape)}; it needs at least one code and channel"
+        )
     if not x.is_floating_point() or not codebook.is_floating_point():
         raise InvalidInputError(f"nearest_code takes floating point tensors, got {x.dtype} and {codebook.dtype}")
     if x.device != codebook.device:
@@ -121,24 +123,29 @@ def _eager(x: Tensor, codebook: Tensor) -> Tensor:
 _UNROLLED_CHANNELS = 32
 
 
-@_OP.backend("compile")
+def _check_few_channels(x: Tensor, codebook: Tensor) -> None:
+    if codebook.shape[1] > _UNROLLED_CHANNELS:
+        raise Declined(
+            f"the codes have {codebook.shape[1]} channels, and above {_UNROLLED_CHANNELS} the op is one large matmul, "
+            "which compiling does not improve"
+        )
+
+
+@_OP.backend("compile", check=_check_few_channels)
 def _compiled(x: Tensor, codebook: Tensor) -> Tensor:
-    """Plain scores `[N, K]`; for few channels written out channel by channel, which the compiler fuses with the argmin."""
+    """Scores `[N, K]` written out channel by channel: the compiler fuses that with the argmin and keeps no matrix."""
     dtype = _working_dtype(x, codebook)
     x, codebook = x.to(dtype), codebook.to(dtype)
     half = codebook.square().sum(dim=1) * 0.5
-    if codebook.shape[1] <= _UNROLLED_CHANNELS:
-        transposed = codebook.t().contiguous()
-        scores = half[None, :]
-        for channel in range(codebook.shape[1]):
-            scores = scores - x[:, channel, None] * transposed[channel]
-    else:
-        scores = torch.addmm(half, x, codebook.t(), alpha=-1)
+    transposed = codebook.t().contiguous()
+    scores = half[None, :]
+    for channel in range(codebook.shape[1]):
+        scores = scores - x[:, channel, None] * transposed[channel]
     valid = x.isfinite().all(dim=1) & half.isfinite().all()
     return torch.where(valid, scores.argmin(dim=1), -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Triton
+# -------------------------------------------------------------------------------------------------------------- Triton
 
 if triton is not None:
 
@@ -166,16 +173,16 @@ if triton is not None:
         best = tl.full([BLOCK_N], float("inf"), tl.float32)
         best_id = tl.zeros([BLOCK_N], tl.int64)
         if ONE_SLICE:
-            x_slice = tl.load(x_rows + column[None, :], mask=row_inside[:, None] & (column < channels)[None, :], other=0.0)
-            x_slice = x_slice.to(tl.float32)
+            mask = row_inside[:, None] & (column < channels)[None, :]
+            x_slice = tl.load(x_rows + column[None, :], mask=mask, other=0.0).to(tl.float32)
         for start in range(0, codes, BLOCK_K):
             code = start + tl.arange(0, BLOCK_K)
             code_inside = code < codes
             code_rows = codebook + code.to(tl.int64)[None, :] * codebook_row_stride
             dots = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
             if ONE_SLICE:
-                mask = (column < channels)[:, None] & code_inside[None, :]
-                c_slice = tl.load(code_rows + column[:, None], mask=mask, other=0.0).to(tl.float32)
+                c_mask = (column < channels)[:, None] & code_inside[None, :]
+                c_slice = tl.load(code_rows + column[:, None], mask=c_mask, other=0.0).to(tl.float32)
                 dots = tl.dot(x_slice, c_slice, dots, input_precision="ieee")  # TF32 would flip indices
             else:
                 for first in range(0, channels, BLOCK_D):

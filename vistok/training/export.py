@@ -20,7 +20,7 @@ from .checkpoint import latest_checkpoint
 from .logs import read_metrics
 from .recipe import FolderRecipe, Recipe, ShapesTokensRecipe, load_recipe
 
-__all__ = ["MAX_BYTES", "export"]
+__all__ = ["MAX_BYTES", "export", "write_model"]
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MAX_BYTES = 4 * 2**20
@@ -34,7 +34,7 @@ def export(
     *,
     max_bytes: int = MAX_BYTES,
 ) -> Path:
-    """Write the newest checkpoint of a run as a folder that `vistok.load` takes.
+    """Write the newest checkpoint of a run as a folder that can ship and that `vistok.load` takes.
 
     Args:
         run_dir: folder of a run.
@@ -49,6 +49,32 @@ def export(
         CheckpointError: the run has no whole checkpoint, or its weights do not fit the recipe's network.
         InvalidInputError: the weights are too large.
     """
+    name = name or load_recipe(Path(run_dir) / "recipe.yaml").name
+    folder = Path(assets_dir) / name
+    write_model(run_dir, folder, name, dtype=torch.bfloat16, max_bytes=max_bytes)
+    return folder
+
+
+def write_model(
+    run_dir: str | os.PathLike[str],
+    folder: Path,
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_bytes: int | None = None,
+) -> None:
+    """Write the averaged weights of a run's newest checkpoint as a folder for `vistok.load`.
+
+    Args:
+        run_dir: folder of a run.
+        folder: to write.
+        name: title of the card.
+        dtype: type of the floating point tensors.
+        max_bytes: refuse larger weights; None takes any.
+
+    Raises:
+        CheckpointError, InvalidInputError: as `export`.
+    """
     run_dir = Path(run_dir)
     recipe = load_recipe(run_dir / "recipe.yaml")
     checkpoint = latest_checkpoint(run_dir)
@@ -60,24 +86,21 @@ def export(
     problems = describe_mismatch(model.state_dict(), weights)
     if problems:
         raise CheckpointError(f"{checkpoint} does not fit the recipe's network: {'; '.join(problems)}")
-    model.load_state_dict(weights)
-    model.to(torch.bfloat16)
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    if size > max_bytes:
+    tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    if max_bytes is not None and size > max_bytes:
         raise InvalidInputError(
-            f"{recipe.name} takes {size / 2**20:.2f} MiB in bf16; at most {max_bytes / 2**20:.2f} MiB may ship: "
-            "train a smaller network"
+            f"{recipe.name} takes {size / 2**20:.2f} MiB in {str(dtype).removeprefix('torch.')}; at most "
+            f"{max_bytes / 2**20:.2f} MiB may ship: train a smaller network"
         )
-    name = name or recipe.name
-    folder = Path(assets_dir) / name
     facts = _facts(recipe, model)
     step = int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"])
     figures = _last_figures(read_metrics(run_dir))
     model.save_config(folder)
-    save_tensors(folder / WEIGHTS_FILE, model.state_dict(), metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
     write_text_atomic(folder / "vistok.json", json.dumps(facts, indent=2) + "\n")
-    write_text_atomic(folder / "README.md", _card(name, recipe, facts, step, size, figures))
-    return folder
+    card = _card(name, recipe, facts, step, f"{size / 2**20:.2f} MiB of {str(dtype).removeprefix('torch.')}", figures)
+    write_text_atomic(folder / "README.md", card)
 
 
 def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
@@ -131,7 +154,7 @@ def _last_figures(lines: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _card(
-    name: str, recipe: Recipe, facts: Mapping[str, Any], step: int, size: int, figures: Mapping[str, float]
+    name: str, recipe: Recipe, facts: Mapping[str, Any], step: int, size: str, figures: Mapping[str, float]
 ) -> str:
     seen = step * recipe.batch_size
     lines = [
@@ -140,8 +163,7 @@ def _card(
         f"A small `{facts['system']}` {facts['kind']} of the vistok lab world, trained by `{facts['recipe']}`.",
         "",
         f"- {step} steps of {recipe.batch_size} samples ({seen:,} in all)",
-        f"- {size / 2**20:.2f} MiB of bf16 weights"
-        + (f", exponential moving average {recipe.ema_decay}" if recipe.ema_decay else ""),
+        f"- {size} weights" + (f", exponential moving average {recipe.ema_decay}" if recipe.ema_decay else ""),
         f"- licence: {facts['licence']}",
     ]
     lines += [f"- {key.replace('_', ' ')}: `{facts[key]}`" for key in ("tokenizer", "text_encoder") if key in facts]

@@ -38,6 +38,7 @@ from vistok.registry import system_class
 from .adversarial import AdversarialObjective, Judge, make_loss
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from .ema import EMA
+from .export import write_model
 from .logs import MetricsLog, ProgressBar
 from .monitors import GeneratorMonitor, Monitor, TokenizerMonitor
 from .recipe import Recipe, ScheduleRecipe, load_recipe, recipe_differences, save_recipe
@@ -175,6 +176,10 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
 def _ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches the whole process group; the training process decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -210,7 +215,8 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_steps=recipe.gradient_accumulation,
-            cpu=device == "cpu",
+            # Without this, several processes on a machine without a GPU would each train alone.
+            cpu=device == "cpu" or (device is None and not _has_accelerator()),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device = self.accelerator.device
@@ -361,6 +367,8 @@ class Trainer:
     def fit(self, *, resume: bool = True) -> TrainingResult:
         """Train to the recipe's last step, from the newest checkpoint of the run folder if there is one.
 
+        The finished network is in the run folder under `model`, for `vistok.load`.
+
         Args:
             resume: False refuses a folder that already holds a run.
 
@@ -379,6 +387,10 @@ class Trainer:
         finally:
             if self.log is not None:
                 self.log.close()
+        if status == "finished" and self.main:
+            write_model(self.run_dir, self.run_dir / "model", self.recipe.name)
+        if self.accelerator.num_processes > 1:
+            self.accelerator.end_training()
         return TrainingResult(status, self.step, self.run_dir, self.figures)
 
     def _loop(self, bar: ProgressBar) -> str:
