@@ -23,7 +23,13 @@ def test_the_triton_kernels_agree_with_the_reference() -> None:
         capture_output=True,
         text=True,
         timeout=110,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "VISTOK_KERNELS": "triton",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        },
         cwd=Path(__file__).parents[2],
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

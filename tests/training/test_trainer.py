@@ -36,6 +36,13 @@ DETERMINISTIC = {
 }
 
 
+@pytest.fixture(autouse=True)
+def few_held_out_scenes(monkeypatch):
+    monkeypatch.setattr("vistok.training.monitors.HELD_OUT_SCENES", 16)
+    monkeypatch.setattr("vistok.training.monitors.SAMPLED", 16)
+    monkeypatch.setattr("vistok.training.monitors.PHOTO_SIDE", 64)
+
+
 def fit(recipe, run_dir, **options):
     return Trainer(recipe, run_dir, device="cpu", tensorboard=False).fit(**options)
 

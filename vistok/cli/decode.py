@@ -24,6 +24,5 @@ def decode(
     tokenizer = load(model)
     pictures = tokenizer.postprocess(tokenizer.decode(held))
     save_picture(grid_of(pictures) if len(pictures) > 1 else pictures[0], output)
-    typer.echo(
-        f"{output}: {len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {pictures[0].width}x{pictures[0].height}"
-    )
+    size = f"{pictures[0].width}x{pictures[0].height}"
+    typer.echo(f"{output}: {len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {size}")

@@ -19,6 +19,7 @@ def reproduce(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a claim against the paper's baseline in the same run, and say whether its direction holds."""
+    from vistok.cli.evaluate import stages
     from vistok.reproduce import CLAIMS
     from vistok.reproduce import reproduce as measure
 
@@ -28,5 +29,7 @@ def reproduce(
         for claim in () if as_json else CLAIMS.values():
             typer.echo(f"{claim.name:<12} {claim.title}  [{claim.paper}; about {claim.minutes:g} min]")
         return
-    report = measure(name, output if output is not None else Path("reproduce") / name, quick=quick, seed=seed)
+    with stages() as progress:
+        folder = output if output is not None else Path("reproduce") / name
+        report = measure(name, folder, quick=quick, seed=seed, on_progress=progress)
     typer.echo(report.to_json() if as_json else str(report))

@@ -5,11 +5,13 @@ Letters: B images, N tokens an image, H rows and W columns of pixels.
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
@@ -18,14 +20,24 @@ from torch import Tensor
 
 from vistok.errors import InvalidInputError
 from vistok.generators.text import TextEncoder
-from vistok.nn.sampling import Generators, Step
+from vistok.nn.sampling import Generators, Step, check_sampling
 from vistok.nn.text import TextCondition
 from vistok.tokens import VisualTokens
 
 __all__ = ["GenerationOutput", "GenerationPipeline", "Preview"]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
+# What a sampler does when neither the call nor the checkpoint says anything.
+SAMPLER_DEFAULTS: dict[str, Any] = {
+    "guidance_scale": 1.0,
+    "guidance_interval": None,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
+ARTICLES = ("a", "an", "the")
+Labels = int | str | Sequence[int | str] | Tensor
+Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 
 
 @dataclass
@@ -35,7 +47,7 @@ class GenerationOutput(BaseOutput):
     Attributes:
         images: list of PIL images, float numpy [B, H, W, 3] in [0, 1], float tensor [B, 3, H, W] in [0, 1], or (for
             `output_type="latent"`) `VisualTokens`.
-        tokens: the tokens behind them.
+        tokens: the tokens behind them; with a mask if the run was interrupted.
     """
 
     images: Any
@@ -55,16 +67,30 @@ class Preview:
     images: list[Image.Image]
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A checked call: what to draw (one of the three), and the arguments of the generator's `sample`."""
+
+    prompts: list[str] | None
+    labels: list[int] | None
+    embeds: TextCondition | None
+    copies: int
+    arguments: dict[str, Any]
+
+
 class GenerationPipeline(DiffusionPipeline):
     """Joins a token generator, an image tokenizer and, for prompts, a text encoder.
 
     Args:
         generator: `NAR`, `LlamaGen`, ...
         tokenizer: what decodes its tokens, e.g. `VQModel`.
-        text_encoder: transformers text encoder of a text-conditional generator.
+        text_encoder: transformers text encoder of a text-conditional generator; None if only `prompt_embeds` are given.
         text_tokenizer: the tokenizer of that text encoder.
-        class_names: names of the classes of a class-conditional generator, by label.
-        sampling: default sampling settings (`guidance_scale`, `temperature`, `top_k`, `top_p`).
+        class_names: names of the classes of a class-conditional generator, by label; a name may list several, separated
+            by commas ("tench, Tinca tinca").
+        sampling: default sampling settings (`guidance_scale`, `guidance_interval`, `temperature`, `top_k`, `top_p`).
+        image_size: side in pixels of the square images that the generator's training grid stands for; checks that the
+            tokenizer covers as many pixels a token.
 
     Raises:
         InvalidInputError: if the parts do not fit each other (naming both).
@@ -82,222 +108,302 @@ class GenerationPipeline(DiffusionPipeline):
         text_tokenizer: Any = None,
         class_names: Sequence[str] | None = None,
         sampling: Mapping[str, Any] | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
-        wanted, held = generator.config.vocab_size, tokenizer.config.codebook_size
-        if wanted != held:
-            raise InvalidInputError(
-                f"{type(generator).__name__} writes tokens of a codebook of {wanted}, but {type(tokenizer).__name__} "
-                f"has {held} codes; load the tokenizer that the generator was trained with"
-            )
-        if generator.is_text_conditional and (text_encoder is None or text_tokenizer is None):
-            raise InvalidInputError(
-                f"this {type(generator).__name__} is text-conditional: give text_encoder and text_tokenizer, too"
-            )
+        _check_parts(generator, tokenizer, image_size)
+        if (text_encoder is None) != (text_tokenizer is None):
+            raise InvalidInputError("text_encoder and text_tokenizer belong together; only one of them was given")
         if class_names is not None and generator.num_classes is not None and len(class_names) != generator.num_classes:
             raise InvalidInputError(f"{len(class_names)} class_names for {generator.num_classes} classes")
+        unknown = sorted(set(sampling or {}) - set(SAMPLER_DEFAULTS))
+        if unknown:
+            raise InvalidInputError(f"unknown sampling setting {unknown}; known: {', '.join(SAMPLER_DEFAULTS)}")
         self.register_modules(
             generator=generator, tokenizer=tokenizer, text_encoder=text_encoder, text_tokenizer=text_tokenizer
         )
-        # diffusers would note the defining modules; the package also hands out the base class that loading looks for.
         self.register_to_config(
-            generator=("vistok", type(generator).__name__), tokenizer=("vistok", type(tokenizer).__name__)
+            class_names=None if class_names is None else list(class_names),
+            sampling=dict(sampling or {}),
+            image_size=image_size,
         )
-        self.register_to_config(
-            class_names=None if class_names is None else list(class_names), sampling=dict(sampling or {})
-        )
+        # Without a terminal there is nobody to watch a bar.
+        self.set_progress_bar_config(disable=None, leave=False, unit="step")
         self._interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a pipeline from a folder or a Hub repository written by `save_pretrained` (arguments: diffusers')."""
+        where = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+        index: Any = cls.load_config(
+            pretrained_model_name_or_path, **{key: kwargs[key] for key in where if key in kwargs}
+        )
+        # diffusers finds the classes of other libraries only in modules that are imported already.
+        for entry in index.values():
+            if isinstance(entry, list | tuple) and len(entry) == 2 and str(entry[0]).split(".")[0] == "vistok":
+                importlib.import_module(entry[0])
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop after the current step."""
         return self._interrupt
 
-    # ------------------------------------------------------------------------------------------------- conditions
+    # -------------------------------------------------------------------------------------------------- what to draw
     def check_inputs(
         self,
         prompt: str | Sequence[str] | None,
-        class_labels: int | str | Sequence[int | str] | None,
+        class_labels: Labels | None,
+        prompt_embeds: TextCondition | None,
         num_images_per_prompt: int,
-        output_type: str,
+        grid: Sequence[int] | None,
+        height: int | None,
+        width: int | None,
         generator: Generators,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-    ) -> tuple[list[str] | None, list[int] | None]:
+        prefix: VisualTokens | None,
+        settings: Mapping[str, Any],
+    ) -> _Request:
         """Validate a call before any work.
-
-        Returns:
-            (prompts, labels): one of them is None.
 
         Raises:
             InvalidInputError: saying what was given and what was expected.
         """
-        if (prompt is None) == (class_labels is None):
-            raise InvalidInputError(
-                "give either a prompt or class_labels" + (", not both" if prompt is not None else "")
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise InvalidInputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
         if num_images_per_prompt < 1:
             raise InvalidInputError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
-        prompts: list[str] | None
-        labels: list[int] | None
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
+        given = {"prompt": prompt, "class_labels": class_labels, "prompt_embeds": prompt_embeds}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1:
             raise InvalidInputError(
-                f"callback_on_step_end_tensor_inputs {sorted(unknown)} unknown; "
-                f"available: {self._callback_tensor_inputs}"
+                "give either a prompt or class_labels (or prompt_embeds)"
+                + (f", not {' and '.join(named)}: not both" if named else "; none was given")
             )
-        if class_labels is not None:
-            if self.generator.is_text_conditional:
-                raise InvalidInputError("class_labels given, but this generator is text-conditional: give a prompt")
-            given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-            if not given:
-                raise InvalidInputError("class_labels is empty")
-            labels = [self.class_label(label) for label in given]
-            count = len(labels)
-            prompts = None
-        else:
-            assert prompt is not None
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
-                raise InvalidInputError(f"prompt must be a text or a list of texts, none empty; got {prompt!r}")
-            count = len(prompts)
-            if self.generator.is_text_conditional:
-                labels = None
-            else:
-                labels = [self.class_label(text) for text in prompts]
-                prompts = None
-        if isinstance(generator, Sequence) and len(generator) != count * num_images_per_prompt:
-            raise InvalidInputError(
-                f"{len(generator)} generators for {count * num_images_per_prompt} images; give one, or one an image"
-            )
-        return prompts, labels
+        prompts = None if prompt is None else self._check_prompts(prompt)
+        labels = None if class_labels is None else self._check_labels(class_labels)
+        if prompts is not None and not self.generator.is_text_conditional:
+            prompts, labels = None, [self.class_label(text) for text in prompts]
+        if prompt_embeds is not None and not self.generator.is_text_conditional:
+            raise InvalidInputError("prompt_embeds given, but this generator is class-conditional: give class_labels")
+        count = len(prompts or labels or prompt_embeds or ()) * num_images_per_prompt
+        if self.generator.training:
+            raise InvalidInputError("the generator is in training mode: call pipe.generator.eval() first")
+        settings = self._settings(settings)
+        check_sampling(**settings, generator=generator, batch=count)
+        grid = self._grid(grid, height, width)
+        if prefix is not None:
+            self.generator.known_tokens(prefix, count, self.generator.grid if grid is None else grid)
+        arguments = {**settings, "generator": generator, "grid": grid, "prefix": prefix}
+        return _Request(prompts, labels, prompt_embeds, num_images_per_prompt, arguments)
+
+    def _check_prompts(self, prompt: str | Sequence[str]) -> list[str]:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
+            raise InvalidInputError(f"prompt must be a text or a list of texts, none empty; got {prompt!r}")
+        if self.generator.is_text_conditional:
+            self._text().check_captions(prompts, self.generator.num_condition_tokens)
+        return prompts
+
+    def _check_labels(self, class_labels: Labels) -> list[int]:
+        if self.generator.is_text_conditional:
+            raise InvalidInputError("class_labels given, but this generator is text-conditional: give a prompt")
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.tolist()
+        given = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)  # type: ignore[arg-type]
+        if not given:
+            raise InvalidInputError("class_labels is empty")
+        return [self.class_label(label) for label in given]
 
     def class_label(self, label: int | str) -> int:
-        """The number of a class given by number or name (with or without an article).
+        """The number of a class given by number or name (in any case, with or without an article).
 
         Raises:
-            InvalidInputError: naming the known classes.
+            InvalidInputError: no such class, naming the nearest and the known words.
         """
         total, names = self.generator.num_classes, self.config.class_names
-        if isinstance(label, int) and not isinstance(label, bool):
+        if isinstance(label, Integral) and not isinstance(label, bool):
             if not 0 <= label < total:
                 raise InvalidInputError(f"class {label} does not exist; classes are numbered 0..{total - 1}")
-            return label
+            return int(label)
+        if not isinstance(label, str):
+            raise InvalidInputError(f"a class is given by number or name; got {label!r}")
         if names is None:
             raise InvalidInputError(f"class {label!r}: this model has no class names; give a number in 0..{total - 1}")
-        words = str(label).lower().split()
-        plain = " ".join(words[1:] if words and words[0] in ("a", "an", "the") else words)
-        if plain not in names:
-            shown = ", ".join(names[:8])
-            raise InvalidInputError(
-                f"unknown class {label!r}; this model draws one of {len(names)} classes: {shown}, ... "
-                "(all: pipe.config.class_names)"
-            )
-        return names.index(plain)
+        numbers: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            for variant in {name.lower(), *(part.strip().lower() for part in name.split(","))}:
+                numbers.setdefault(variant, []).append(number)
+        words = label.lower().strip(" .!").split()
+        plain = " ".join(words[1:] if words and words[0] in ARTICLES else words)
+        found = numbers.get(plain, [])
+        if len(found) > 1:
+            raise InvalidInputError(f"{len(found)} classes are called {plain!r}: {found}; give one of these numbers")
+        if found:
+            return found[0]
+        nearest = difflib.get_close_matches(plain, numbers, n=3, cutoff=0.0)
+        vocabulary = list(dict.fromkeys(word for name in names for word in name.split()))
+        known = f"; known words: {', '.join(vocabulary)}" if len(vocabulary) <= 32 else ""
+        raise InvalidInputError(
+            f"unknown class {label!r}; nearest of the {total} classes of this model: {', '.join(nearest)}{known} "
+            "(all: pipe.config.class_names)"
+        )
 
-    def encode_prompt(self, prompts: Sequence[str]) -> TextCondition:
-        """Text features of prompts, as the generator was trained with."""
-        encoder = TextEncoder(self.text_encoder, self.text_tokenizer)
-        return encoder(list(prompts), num_tokens=self.generator.num_condition_tokens)
-
-    def _condition(
-        self, prompts: list[str] | None, labels: list[int] | None, num_images_per_prompt: int
-    ) -> Tensor | TextCondition:
-        device = self.generator.device
-        if prompts is not None:
-            condition = self.encode_prompt(prompts).repeat_interleave(num_images_per_prompt)
-            return condition.to(device, self.generator.dtype)
-        return torch.tensor(labels, dtype=torch.int64, device=device).repeat_interleave(num_images_per_prompt)
-
-    def _grid(self, grid: tuple[int, int] | None, height: int | None, width: int | None) -> tuple[int, int] | None:
-        if grid is not None and (height is not None or width is not None):
-            raise InvalidInputError("give the size either as grid (tokens) or as height and width (pixels), not both")
+    def _grid(self, grid: Sequence[int] | None, height: int | None, width: int | None) -> tuple[int, int] | None:
+        """(rows, cols) of tokens; None is the training grid."""
+        if grid is not None:
+            if height is not None or width is not None:
+                raise InvalidInputError(
+                    "give the size either as grid (tokens) or as height and width (pixels), not both"
+                )
+            rows_cols = tuple(grid)
+            if len(rows_cols) != 2 or min(rows_cols) < 1:
+                raise InvalidInputError(f"grid must be (rows, cols), both at least 1; got {rows_cols}")
+            return int(rows_cols[0]), int(rows_cols[1])
         if height is None and width is None:
-            return grid
+            return None
         factor = self.tokenizer.downsample_factor
-        rows, cols = self.generator.grid
         sides = []
-        for name, pixels, default in (("height", height, rows), ("width", width, cols)):
+        for name, pixels, default in (("height", height, 0), ("width", width, 1)):
             if pixels is None:
-                sides.append(default)
+                sides.append(self.generator.grid[default])
             elif pixels < factor or pixels % factor:
-                raise InvalidInputError(f"{name} must be a positive multiple of {factor} pixels; got {pixels}")
+                nearest = max(1, round(pixels / factor)) * factor
+                raise InvalidInputError(
+                    f"{name} must be a positive multiple of {factor} pixels; got {pixels}: try {nearest}"
+                )
             else:
                 sides.append(pixels // factor)
         return sides[0], sides[1]
 
-    def _settings(self, **given: Any) -> dict[str, Any]:
+    def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling settings: what the call gives, else the checkpoint's, else the sampler's."""
-        defaults = self.config.sampling or {}
-        settings = {name: defaults.get(name) if value is None else value for name, value in given.items()}
-        return {name: value for name, value in settings.items() if value is not None}
+        own = {**SAMPLER_DEFAULTS, **self.config.sampling}
+        return {name: own[name] if given.get(name) is None else given[name] for name in SAMPLER_DEFAULTS}
 
-    # ---------------------------------------------------------------------------------------------------- pictures
+    # ---------------------------------------------------------------------------------------------------- conditions
+    def _text(self) -> TextEncoder:
+        if self.text_encoder is None:
+            raise InvalidInputError(
+                "this pipeline has no text encoder: load one (text_encoder and text_tokenizer), or give prompt_embeds"
+            )
+        return TextEncoder(self.text_encoder, self.text_tokenizer)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> TextCondition:
+        """Text features of prompts as the generator was trained with; the pipeline takes them as `prompt_embeds`."""
+        return self._text()(list(prompts), num_tokens=self.generator.num_condition_tokens)
+
+    def _condition(self, request: _Request) -> Tensor | TextCondition:
+        if request.labels is not None:
+            return torch.tensor(request.labels, dtype=torch.int64).repeat_interleave(request.copies)
+        text = request.embeds if request.prompts is None else self.encode_prompt(request.prompts)
+        assert text is not None
+        return text.repeat_interleave(request.copies).to(dtype=self.generator.dtype)
+
+    # ------------------------------------------------------------------------------------------------------ sampling
+    @torch.no_grad()
+    def _steps(self, request: _Request, callback: Callback | None, inputs: Sequence[str]) -> Iterator[Step]:
+        """The generator's steps, with progress bar, callback and interruption.
+
+        A callback that returns other tokens makes the generator continue from those.
+        """
+        condition = self._condition(request)
+        _run_hook(self.generator)
+        arguments, done, bar = dict(request.arguments), 0, None
+        self._interrupt = False
+        try:
+            while True:
+                replaced = None
+                for step in self.generator.sample(condition, **arguments):
+                    step = Step(done + step.index, done + step.total, step.tokens, step.changed)
+                    bar = self.progress_bar(total=step.total) if bar is None else bar
+                    bar.update()
+                    if callback is not None:
+                        reply = callback(self, step.index, step.total, dict.fromkeys(inputs, step.tokens))
+                        replaced = _replacement(reply, step)
+                        if replaced is not None:
+                            step = Step(step.index, step.total, replaced, step.changed)
+                    yield step
+                    if self._interrupt:
+                        return
+                    if replaced is not None:
+                        break
+                if replaced is None or step.index + 1 == step.total:
+                    return
+                arguments["prefix"], done = replaced, step.index + 1
+        finally:
+            if bar is not None:
+                bar.close()
+
     def decode_tokens(self, tokens: VisualTokens) -> Tensor:
-        """Tokens to pixels, float [B, 3, H, W] in [0, 1]."""
-        with torch.no_grad():
-            images = self.tokenizer.decode(VisualTokens(ids=tokens.ids, grid=tokens.grid).to(self.tokenizer.device))
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        """Tokens to images, float [B, 3, H, W], about [-1, 1].
 
-    def to_output(self, images: Tensor, output_type: str) -> Any:
-        """Float images [B, 3, H, W] in [0, 1] as "pt", "np" or "pil"."""
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "np":
-            return array
-        return [Image.fromarray(picture) for picture in np.rint(array * 255).astype(np.uint8)]
+        Undecided tokens (mask False) take the code of the nearest decided one, so that they disturb their neighbours
+        less than an arbitrary code would.
+        """
+        _run_hook(self.tokenizer)
+        ids, grid, mask = tokens.ids, tokens.grid, tokens.mask
+        assert ids is not None
+        if mask is not None and grid is not None and bool(mask.any()) and not bool(mask.all()):
+            cells = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()
+            distance = torch.cdist(cells, cells, p=1.0).to(ids.device)
+            nearest = distance.masked_fill(~mask[:, None], float("inf")).argmin(-1)  # [B, N]
+            ids = ids.gather(1, nearest)
+        with torch.no_grad():
+            return self.tokenizer.decode(VisualTokens(ids=ids, grid=grid).to(self.tokenizer.device))
 
     def preview(self, tokens: VisualTokens) -> list[Image.Image]:
         """PIL images of unfinished tokens; places without a token are grey."""
         images = self.decode_tokens(tokens)
         if tokens.mask is not None and tokens.grid is not None:
-            factor = self.tokenizer.downsample_factor
             known = tokens.mask.view(-1, 1, *tokens.grid).to(images.device)
-            known = known.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-            images = torch.where(known, images, 0.5)
-        return self.to_output(images, "pil")
+            cell = [pixels // cells for pixels, cells in zip(images.shape[-2:], tokens.grid, strict=True)]
+            images = torch.where(known.repeat_interleave(cell[0], 2).repeat_interleave(cell[1], 3), images, 0.0)
+        return self.tokenizer.postprocess(images, "pil")
 
-    @torch.no_grad()
     def stream(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: Labels | None = None,
+        prompt_embeds: TextCondition | None = None,
         num_images_per_prompt: int = 1,
-        grid: tuple[int, int] | None = None,
+        grid: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
         prefix: VisualTokens | None = None,
         **sampling: Any,
     ) -> Iterator[Preview]:
-        """Yield the pictures as they grow, one `Preview` a model step. Arguments as in `__call__`."""
-        prompts, labels = self.check_inputs(prompt, class_labels, num_images_per_prompt, "pil", generator, ())
-        condition = self._condition(prompts, labels, num_images_per_prompt)
-        names = ("guidance_scale", "guidance_interval", "temperature", "top_k", "top_p")
-        unknown = sampling.keys() - set(names)
+        """Yield the pictures as they grow, one `Preview` a model step. Arguments as in `__call__`, checked at once."""
+        unknown = sorted(sampling.keys() - SAMPLER_DEFAULTS.keys())
         if unknown:
-            raise InvalidInputError(f"unknown sampling setting {sorted(unknown)}; known: {', '.join(names)}")
-        settings = self._settings(**{name: sampling.get(name) for name in names})
-        grid = self._grid(grid, height, width)
-        for step in self.generator.sample(condition, generator=generator, grid=grid, prefix=prefix, **settings):
-            yield Preview(step, self.preview(step.tokens))
+            raise InvalidInputError(f"unknown sampling setting {unknown}; known: {', '.join(SAMPLER_DEFAULTS)}")
+        request = self.check_inputs(
+            prompt,
+            class_labels,
+            prompt_embeds,
+            num_images_per_prompt,
+            grid,
+            height,
+            width,
+            generator,
+            prefix,
+            sampling,
+        )
+        return (Preview(step, self.preview(step.tokens)) for step in self._steps(request, None, ()))
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: Labels | None = None,
+        prompt_embeds: TextCondition | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
@@ -312,6 +418,7 @@ class GenerationPipeline(DiffusionPipeline):
         Args:
             prompt: one or several texts; a class-conditional generator takes the name of a class ("a red circle").
             class_labels: classes by number or name, instead of a prompt.
+            prompt_embeds: features from `encode_prompt`, instead of a prompt.
             num_images_per_prompt: pictures of each prompt or class.
             guidance_scale: classifier-free guidance, u + s (c - u); up to 1 is none. None takes the checkpoint's
                 default, here and below.
@@ -324,46 +431,98 @@ class GenerationPipeline(DiffusionPipeline):
             prefix: known tokens to continue from (see the generator's `sample`).
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"` (the tokens).
             return_dict: False returns (images, tokens).
-            callback_on_step_end: called as `f(pipe, step, total, {"tokens": ...})` after each model step; setting
-                `pipe._interrupt = True` stops there.
+            callback_on_step_end: called as `f(pipe, step, total, {"tokens": VisualTokens})` after each model step. It
+                may return a dictionary with other `"tokens"` (the generator continues from those; only decided tokens
+                are read), and setting `pipe._interrupt = True` stops after this step.
             callback_on_step_end_tensor_inputs: what the callback gets; only `"tokens"` exists.
+
+        Returns:
+            The pictures and their tokens.
 
         Raises:
             InvalidInputError: before any work, if an argument is wrong.
+            InvalidOutputError: the networks produced NaNs.
         """
-        prompts, labels = self.check_inputs(
-            prompt, class_labels, num_images_per_prompt, output_type, generator, callback_on_step_end_tensor_inputs
+        if output_type not in OUTPUT_TYPES:
+            raise InvalidInputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
+        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise InvalidInputError(
+                f"callback_on_step_end_tensor_inputs {unknown} unknown; available: {self._callback_tensor_inputs}"
+            )
+        settings = {
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        request = self.check_inputs(
+            prompt,
+            class_labels,
+            prompt_embeds,
+            num_images_per_prompt,
+            grid,
+            height,
+            width,
+            generator,
+            prefix,
+            settings,
         )
-        grid = self._grid(grid, height, width)
-        settings = self._settings(
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-        condition = self._condition(prompts, labels, num_images_per_prompt)
-        self._interrupt = False
-        tokens = prefix
-        steps = self.generator.sample(condition, generator=generator, grid=grid, prefix=prefix, **settings)
-        bar = None
-        for step in steps:
-            bar = self.progress_bar(total=step.total) if bar is None else bar
+        tokens = prefix  # already complete if there is nothing to write
+        for step in self._steps(request, callback_on_step_end, callback_on_step_end_tensor_inputs):
             tokens = step.tokens
-            bar.update()
-            if callback_on_step_end is not None:
-                inputs = {"tokens": tokens} if "tokens" in callback_on_step_end_tensor_inputs else {}
-                callback_on_step_end(self, step.index, step.total, inputs)
-            if self._interrupt:
-                break
-        if bar is not None:
-            bar.close()
         assert tokens is not None
         if tokens.mask is None or bool(tokens.mask.all()):
             tokens = VisualTokens(ids=tokens.ids, grid=tokens.grid)
-        if output_type == "latent":
-            images: Any = tokens
-        else:
-            images = self.to_output(self.decode_tokens(tokens), output_type)
+        images: Any = tokens
+        if output_type == "pil" and tokens.mask is not None:
+            images = self.preview(tokens)
+        elif output_type != "latent":
+            images = self.tokenizer.postprocess(self.decode_tokens(tokens), output_type)
         self.maybe_free_model_hooks()
         return GenerationOutput(images=images, tokens=tokens) if return_dict else (images, tokens)
+
+
+def _check_parts(generator: Any, tokenizer: Any, image_size: int | None) -> None:
+    """Raise InvalidInputError if the tokenizer cannot be the one that the generator writes for."""
+    writer, reader = type(generator).__name__, type(tokenizer).__name__
+    wanted, held = generator.config.vocab_size, tokenizer.config.codebook_size
+    if wanted != held:
+        raise InvalidInputError(
+            f"{writer} writes tokens of a codebook of {wanted}, but {reader} has {held} codes; load the tokenizer that "
+            "the generator was trained with"
+        )
+    rows, cols = generator.grid
+    factor = tokenizer.downsample_factor
+    if image_size is not None and image_size != max(rows, cols) * factor:
+        raise InvalidInputError(
+            f"{writer} writes {rows}x{cols} tokens for images of {image_size}x{image_size} pixels, but {reader} "
+            f"decodes them to {rows * factor}x{cols * factor} ({factor} pixels a token); load the tokenizer that the "
+            "generator was trained with"
+        )
+
+
+def _replacement(reply: Mapping[str, Any] | None, step: Step) -> VisualTokens | None:
+    """The tokens that a callback returned instead of the step's; None if they are the same."""
+    tokens = None if reply is None else reply.get("tokens")
+    held = step.tokens
+    if tokens is None or tokens is held:
+        return None
+    if (
+        not isinstance(tokens, VisualTokens)
+        or tokens.ids is None
+        or tokens.grid != held.grid
+        or len(tokens) != len(held)
+    ):
+        raise InvalidInputError(
+            f"the callback must return VisualTokens of {len(held)} images on the grid {held.grid}; got {tokens!r:.80}"
+        )
+    return None if torch.equal(tokens.ids, held.ids) else VisualTokens(tokens.ids, None, held.grid, held.mask)
+
+
+def _run_hook(part: Any) -> None:
+    """Bring an offloaded part to its device: accelerate does so before `forward`, which sampling bypasses."""
+    hook = getattr(part, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(part)

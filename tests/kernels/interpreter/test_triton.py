@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import pytest
 import torch
@@ -80,6 +81,10 @@ def test_guided_sampling_greedy_and_unusable_rows() -> None:
         assert torch.equal(ids, expected)
         assert ids[1:4].tolist() == [-1, -1, -1]
     assert ids[4] == 3
+
+
+def test_the_environment_variable_chooses() -> None:
+    assert kernels.current() == os.environ.get("VISTOK_KERNELS", "auto")
 
 
 def test_triton_declines_float64() -> None:

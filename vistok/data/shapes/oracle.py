@@ -47,8 +47,9 @@ ImageLike: TypeAlias = Array | torch.Tensor | Image.Image | str | Path
 
 WORKING_SIZE = 64
 _FAINTEST = 22.0  # least RGB distance from the background that counts as an object; sampled scenes keep 46
+_LEAST_CONTRAST = 32.0  # the same for the colour of a whole object
 _SMALLEST_AREA = 24  # pixels at the working size; the smallest sampled object covers 83
-_RADII = (0.085, 0.32)  # what may pass for an object, fraction of the side
+_RADII = (0.06, 0.32)  # what may pass for an object, fraction of the side
 _GOOD_ERROR = 0.06  # below this a region is not split
 _ACCEPT_ERROR = 0.22  # share of coverage energy left unexplained above which a region is not an object
 _LEAST_CONFIDENCE = 0.02  # readings below this are nothing
@@ -205,12 +206,20 @@ def _read(pixels: Array) -> Reading:
         if not seen:
             stray += areas[number]
         found += seen
-    # Beside a sure object, a far less sure one is an artefact.
-    surest = max((item.confidence for item in found), default=0.0)
-    found = sorted((item for item in found if item.confidence >= 0.2 * surest), key=lambda item: -item.radius)
+    found = sorted(_without_artefacts(found), key=lambda item: -item.radius)
     explained = 1.0 - float(stray) / float(areas[1:].sum())
     confidence = min((item.confidence for item in found), default=0.0) * max(0.0, 2.0 * explained - 1.0)
     return Reading(tuple(found), confidence) if confidence >= _LEAST_CONFIDENCE else Reading((), 0.0)
+
+
+def _without_artefacts(found: list[SeenObject]) -> list[SeenObject]:
+    """Drop what is far less sure than the surest object, and what lies within a surer one, as in the hole of a ring."""
+    kept: list[SeenObject] = []
+    for item in sorted(found, key=lambda item: -item.confidence):
+        within = any(math.dist(item.centre, other.centre) < max(item.radius, other.radius) for other in kept)
+        if not within and item.confidence >= 0.12 * max(other.confidence for other in found):
+            kept.append(item)
+    return kept
 
 
 # -------------------------------------------------------------------------------------------------- the background
@@ -459,6 +468,9 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
     # Coverage along one colour cannot see a neighbour of another colour: pixels of the region left bare count as error.
     error += max(0.0, float((cover[..., 0][own] < 0.25).mean()) - 0.08)
     rgb = (cover * (window + cover * ground)).sum((0, 1)) / float((cover * cover).sum() + 1e-6)
+    middle = ground[int((rows[-1] - rows[0]) // 2), int((columns[-1] - columns[0]) // 2)]
+    if float(np.linalg.norm(rgb - middle)) < _LEAST_CONTRAST:
+        return None
     name, tone, far = _nearest_colour(rgb)
     turn = 0.0 if shape in ("circle", "ring") else math.degrees(parameters[3])
     clear = 1.0 - fits[0][0] / max(runner_up, fits[0][0])
@@ -554,5 +566,5 @@ def _refine(
 
 
 # Bounds of the parameters of `_cover` during refinement: pixels, log pixels, radians, log pixels.
-_LOWEST = np.array([0.0, 0.0, math.log(0.06 * WORKING_SIZE), math.radians(-40), math.log(0.2)])
+_LOWEST = np.array([0.0, 0.0, math.log(0.05 * WORKING_SIZE), math.radians(-40), math.log(0.2)])
 _HIGHEST = np.array([WORKING_SIZE, WORKING_SIZE, math.log(0.4 * WORKING_SIZE), math.radians(40), math.log(3.0)])
