@@ -14,9 +14,8 @@ import vistok
 PACKAGE = Path(vistok.__file__).parent
 # Each room may import the rooms of the levels before its own; rooms of one level are siblings.
 LEVELS = [
-    {"kernels"},
+    {"kernels", "tokens"},
     {"nn"},
-    {"tokens"},
     {"data"},
     {"tokenizers", "generators", "controllers", "pruners"},
     {"hub"},

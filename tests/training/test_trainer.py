@@ -79,6 +79,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.timeout(300)  # a whole interpreter starts
 def test_a_killed_training_continues_bit_for_bit(tmp_path):
     """Dropout, condition dropout, shuffled tokens, decaying rate: all of it after kill -9."""
     recipe = generator_recipe(schedule={"name": "cosine", "warmup_steps": 2})
@@ -243,6 +244,7 @@ def test_accumulation_takes_the_same_steps(tmp_path):
         torch.testing.assert_close(divided.model[name], value, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.timeout(300)  # three interpreters start
 def test_two_processes_follow_the_same_trajectory(tmp_path):
     model = {"system": "llamagen", "config": DETERMINISTIC}
     recipe = generator_recipe(model=model, gradient_accumulation=2)

@@ -170,7 +170,7 @@ class GeneratorMonitor:
                 batch["text_features"], batch["text_mask"] = condition.features, condition.mask
             self.held_out.append(batch)
         if self.encode_captions is None:
-            self.labels = list(range(len(CLASS_NAMES)))
+            self.labels = list(range(min(SAMPLED, len(CLASS_NAMES))))
         else:
             self.captions = texts[:SAMPLED]
 

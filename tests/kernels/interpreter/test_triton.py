@@ -34,8 +34,15 @@ def both(function, *arguments, **options):
         return function(*arguments, **options), expected
 
 
-@pytest.mark.parametrize(("rows", "codes", "channels"), [(1, 1, 1), (5, 7, 3), (19, 300, 8), (67, 65, 40), (3, 9, 100)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "codes", "channels", "dtype"),
+    [
+        (1, 1, 1, torch.float32),
+        (5, 7, 3, torch.float16),
+        (19, 300, 8, torch.float32),
+        (67, 65, 40, torch.float32),
+    ],
+)
 def test_nearest_code(rows: int, codes: int, channels: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, codebook = torch.randn(rows, channels).to(DEVICE, dtype), torch.randn(codes, channels).to(DEVICE, dtype)
@@ -57,18 +64,27 @@ def test_nearest_code_strides_ties_and_nonfinite_rows() -> None:
     assert (both(kernels.nearest_code, x, codebook)[0] == -1).all()
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.7, 0.0])
-@pytest.mark.parametrize("top_k", [0, 5, 1000])
-def test_guided_sampling(top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rounded", "top_k", "top_p"),
+    [
+        (torch.float32, False, 0, 1.0),
+        (torch.bfloat16, False, 5, 1.0),
+        (torch.float32, True, 9, 0.7),  # many equal logits, at the edges of top-k and of the nucleus too
+        (torch.float32, True, 0, 0.3),
+        (torch.float32, False, 1000, 0.0),
+    ],
+)
+def test_guided_sampling(
+    dtype: torch.dtype, rounded: bool, top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(SAMPLING, "_launch_settings", lambda vocabulary: {"BLOCK": 64, "num_warps": 4})
     torch.manual_seed(top_k)
-    for dtype, rounded in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
-        logits, uncond = (2 * torch.randn(2, 2, 150)).to(DEVICE, dtype)
-        if rounded:  # many equal logits, at the edges of top-k and of the nucleus too
-            logits, uncond = logits.round(), uncond.round()
-        noise = torch.zeros(2, 150).exponential_().to(DEVICE)
-        options = {"uncond_logits": uncond, "guidance_scale": 2.0, "temperature": 0.9, "top_k": top_k, "top_p": top_p}
-        assert torch.equal(*both(kernels.guided_sampling, logits, noise, **options))
+    logits, uncond = (2 * torch.randn(2, 1, 70)).to(DEVICE, dtype)
+    if rounded:
+        logits, uncond = logits.round(), uncond.round()
+    noise = torch.zeros(1, 70).exponential_().to(DEVICE)
+    options = {"uncond_logits": uncond, "guidance_scale": 2.0, "temperature": 0.9, "top_k": top_k, "top_p": top_p}
+    assert torch.equal(*both(kernels.guided_sampling, logits, noise, **options))
 
 
 def test_guided_sampling_greedy_and_unusable_rows() -> None:
@@ -77,7 +93,7 @@ def test_guided_sampling_greedy_and_unusable_rows() -> None:
     logits[1, 4], logits[2, 4], logits[3] = float("nan"), float("inf"), -float("inf")
     logits[4, 3:9] = 9.0
     for draws in (noise, None):
-        ids, expected = both(kernels.guided_sampling, logits, draws, top_k=7, top_p=0.8)
+        ids, expected = both(kernels.guided_sampling, logits, draws, top_p=0.8)
         assert torch.equal(ids, expected)
         assert ids[1:4].tolist() == [-1, -1, -1]
     assert ids[4] == 3
