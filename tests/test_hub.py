@@ -62,7 +62,7 @@ def test_float16_on_a_cpu_is_refused_with_a_warning(tmp_path: Path) -> None:
     NAR.tiny().save_pretrained(tmp_path / "mine")
     with pytest.warns(UserWarning, match="slower"):
         model = hub.load(tmp_path / "mine", dtype=torch.float16)
-    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert torch.float16 not in {value.dtype for value in model.parameters()}
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 
 def test_a_pipeline_needs_a_generator_that_names_its_tokenizer(tmp_path: Path) -> None:
     NAR.tiny().save_pretrained(tmp_path / "mine")
-    with pytest.raises(InvalidInputError, match="does not name the tokenizer"):
+    with pytest.raises(InvalidInputError, match="does not say which tokenizer"):
         hub.load_pipeline(tmp_path / "mine")
     with pytest.raises(UnknownNameError, match="nearest known"):
         hub.load_pipeline("nar-shpes-x")

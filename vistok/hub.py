@@ -164,12 +164,12 @@ def load(
     Raises:
         UnknownNameError: naming the nearest known names.
         CheckpointError: the files do not fit the network, cannot be read, or cannot be fetched.
-        InvalidInputError: `checkpoint` for a name that is not published, or the name of a file.
+        InvalidInputError: `checkpoint` for a name that is not published, the name of a file, or no such device.
     """
     import torch
 
+    target = _device(device)
     model = _find(os.fspath(name), None if checkpoint is None else Path(checkpoint).expanduser())
-    target = torch.device(device or "cpu")
     if target.type == "cpu":
         # Half checkpoints save space on disk. A CPU computes float16 4 to 80 times slower than float32, and bf16 faster
         # only on some machines.
@@ -182,6 +182,21 @@ def load(
                 warnings.warn(f"{name} holds float16 weights, which are slow on a CPU: using float32", stacklevel=2)
             dtype = torch.float32
     return model.to(device=target, dtype=dtype).eval()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The device, or an InvalidInputError if this machine does not have it."""
+    import torch
+
+    try:
+        target = torch.device(device or "cpu")
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InvalidInputError(
+            f"device {str(device)!r} cannot be used here; this machine has: {', '.join(found)}"
+        ) from error
+    return target
 
 
 def _find(name: str, checkpoint: Path | None) -> Any:
@@ -408,7 +423,7 @@ def load_pipeline(
             name, folder = (held, None) if held is not None else (name, _snapshot(name))
     if folder is not None and (folder / PIPELINE_FILE).is_file():
         pipe = GenerationPipeline.from_pretrained(str(folder), **({} if dtype is None else {"torch_dtype": dtype}))
-        return pipe.to(device) if device is not None else pipe
+        return pipe.to(_device(device))
     facts = _pipeline_facts(name, folder)
     source = name if folder is None else folder
     generator = load(source, checkpoint=checkpoint, device=device, dtype=dtype)
@@ -464,7 +479,7 @@ def _load_text_encoder(name: str, device: torch.device | str | None, dtype: torc
 
     from vistok.generators.text import TextEncoder
 
-    target = torch.device(device or "cpu")
+    target = _device(device)
     return TextEncoder.from_pretrained(name, dtype=dtype or ("auto" if target.type != "cpu" else torch.float32)).to(
         target
     )

@@ -125,6 +125,16 @@ def test_touching_objects_are_told_apart():
     assert sorted((item.colour, item.shape) for item in reading.objects) == [("blue", "circle"), ("red", "circle")]
 
 
+def test_a_stain_in_the_hole_of_a_ring_is_no_object():
+    scene = shapes.scene_for("a large blue ring", seed=2)
+    item = scene.objects[0]
+    rows, columns = (np.mgrid[:64, :64] + 0.5) / 64
+    hole = np.hypot(columns - item.centre[0], rows - item.centre[1]) < 0.4 * item.radius
+    image = shapes.render(scene)
+    image[hole] = np.clip(image[hole] + np.array([-40.0, 30.0, -40.0]), 0, 255).astype(np.uint8)
+    assert [(seen.colour, seen.shape) for seen in shapes.read_scene(image).objects] == [("blue", "ring")]
+
+
 def test_every_kind_of_image_gives_the_same_reading(tmp_path):
     scene = shapes.scene_for("a large red circle to the left of a small blue star", seed=0)
     image = shapes.render(scene)

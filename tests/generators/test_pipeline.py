@@ -192,7 +192,7 @@ def test_parts_that_do_not_fit_are_named() -> None:
     with pytest.raises(InvalidInputError, match=r"codebook of 64, but VQModel has 32"):
         GenerationPipeline(NAR.tiny(), VQModel.tiny(codebook_size=32))
     with pytest.raises(InvalidInputError, match="text_encoder"):
-        GenerationPipeline(NAR.tiny(num_classes=None, caption_dim=8), VQModel.tiny(codebook_size=64))
+        GenerationPipeline(NAR.tiny(num_classes=None, caption_dim=8), VQModel.tiny(codebook_size=64))("a red circle")
     with pytest.raises(InvalidInputError, match="3 class_names for 10 classes"):
         GenerationPipeline(NAR.tiny(), VQModel.tiny(codebook_size=64), class_names=["a", "b", "c"])
     with pytest.raises(InvalidInputError, match="text-conditional"):
@@ -200,7 +200,7 @@ def test_parts_that_do_not_fit_are_named() -> None:
 
 
 def test_unknown_words_are_listed_with_the_known_ones() -> None:
-    with pytest.raises(InvalidInputError, match=r"unknown word 'dog', 'green'.*a, blue, circle, red"):
+    with pytest.raises(InvalidInputError, match=r"unknown words 'dog', 'green'.*a, blue, circle, red"):
         text_pipeline()("a dog green circle")
 
 

@@ -6,7 +6,6 @@ Letters: B images, N tokens an image, H rows and W columns of pixels.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -122,6 +121,10 @@ class GenerationPipeline(DiffusionPipeline):
         self.register_modules(
             generator=generator, tokenizer=tokenizer, text_encoder=text_encoder, text_tokenizer=text_tokenizer
         )
+        # Saved as classes of `vistok` itself: of other libraries, diffusers finds only what is imported already.
+        for name, part in (("generator", generator), ("tokenizer", tokenizer)):
+            if type(part).__module__.startswith("vistok."):
+                self.register_to_config(**{name: ("vistok", type(part).__name__)})
         self.register_to_config(
             class_names=None if class_names is None else list(class_names),
             sampling=dict(sampling or {}),
@@ -130,19 +133,6 @@ class GenerationPipeline(DiffusionPipeline):
         # Without a terminal there is nobody to watch a bar.
         self.set_progress_bar_config(disable=None, leave=False, unit="step")
         self._interrupt = False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load a pipeline from a folder or a Hub repository written by `save_pretrained` (arguments: diffusers')."""
-        where = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
-        index: Any = cls.load_config(
-            pretrained_model_name_or_path, **{key: kwargs[key] for key in where if key in kwargs}
-        )
-        # diffusers finds the classes of other libraries only in modules that are imported already.
-        for entry in index.values():
-            if isinstance(entry, list | tuple) and len(entry) == 2 and str(entry[0]).split(".")[0] == "vistok":
-                importlib.import_module(entry[0])
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def interrupt(self) -> bool:

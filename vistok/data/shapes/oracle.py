@@ -468,8 +468,7 @@ def _fit(layers: _Layers, own: Array, others: Array) -> tuple[SeenObject, float]
     # Coverage along one colour cannot see a neighbour of another colour: pixels of the region left bare count as error.
     error += max(0.0, float((cover[..., 0][own] < 0.25).mean()) - 0.08)
     rgb = (cover * (window + cover * ground)).sum((0, 1)) / float((cover * cover).sum() + 1e-6)
-    middle = ground[int((rows[-1] - rows[0]) // 2), int((columns[-1] - columns[0]) // 2)]
-    if float(np.linalg.norm(rgb - middle)) < _LEAST_CONTRAST:
+    if float(np.linalg.norm(rgb - ground.mean((0, 1)))) < _LEAST_CONTRAST:
         return None
     name, tone, far = _nearest_colour(rgb)
     turn = 0.0 if shape in ("circle", "ring") else math.degrees(parameters[3])
