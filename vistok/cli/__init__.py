@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         result = build().main(args=given, prog_name="vistok", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except typer.Exit as ending:
+        if ending.exit_code == 130:  # typer's own answer to Ctrl-C
+            print("vistok: interrupted", file=sys.stderr)
         return int(ending.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("vistok: interrupted", file=sys.stderr)
