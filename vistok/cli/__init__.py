@@ -30,10 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     click_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         result = build().main(args=given, prog_name="vistok", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except typer.Exit as ending:
-        if ending.exit_code == 130:  # typer's own answer to Ctrl-C
+        code = result if isinstance(result, int) else 0
+        if code == 130:  # typer's own answer to Ctrl-C
             print("vistok: interrupted", file=sys.stderr)
+        return code
+    except typer.Exit as ending:
         return int(ending.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("vistok: interrupted", file=sys.stderr)
