@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -35,8 +35,8 @@ SAMPLER_DEFAULTS: dict[str, Any] = {
     "top_p": 1.0,
 }
 ARTICLES = ("a", "an", "the")
-Labels = int | str | Sequence[int | str] | Tensor
-Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
+Labels: TypeAlias = int | str | Sequence[int | str] | Tensor
+Callback: TypeAlias = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 
 
 @dataclass
@@ -197,7 +197,7 @@ class GenerationPipeline(DiffusionPipeline):
             raise InvalidInputError("class_labels given, but this generator is text-conditional: give a prompt")
         if isinstance(class_labels, Tensor):
             class_labels = class_labels.tolist()
-        given = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)  # type: ignore[arg-type]
+        given = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)
         if not given:
             raise InvalidInputError("class_labels is empty")
         return [self.class_label(label) for label in given]
