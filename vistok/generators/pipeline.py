@@ -170,7 +170,8 @@ class GenerationPipeline(DiffusionPipeline):
         prompts = None if prompt is None else self._check_prompts(prompt)
         labels = None if class_labels is None else self._check_labels(class_labels)
         if prompts is not None and not self.generator.is_text_conditional:
-            prompts, labels = None, [self.class_label(text) for text in prompts]
+            labels = [self.class_label(text) for text in prompts]
+            prompts = None
         if prompt_embeds is not None and not self.generator.is_text_conditional:
             raise InvalidInputError("prompt_embeds given, but this generator is class-conditional: give class_labels")
         count = len(prompts or labels or prompt_embeds or ()) * num_images_per_prompt
@@ -197,7 +198,7 @@ class GenerationPipeline(DiffusionPipeline):
             raise InvalidInputError("class_labels given, but this generator is text-conditional: give a prompt")
         if isinstance(class_labels, Tensor):
             class_labels = class_labels.tolist()
-        given = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)
+        given: list[Any] = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)  # type: ignore[arg-type]
         if not given:
             raise InvalidInputError("class_labels is empty")
         return [self.class_label(label) for label in given]
