@@ -105,6 +105,12 @@ def test_reconstruct_keeps_any_size(
     assert json.loads(capsys.readouterr().out)["psnr"] > 0
 
 
+def test_a_generator_is_no_tokenizer(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("encode", "reconstruct"):
+        assert main([command, str(photo), "--model", "nar.tiny", "-o", str(tmp_path / "out.png")]) == 2
+        assert "NAR, not a tokenizer" in capsys.readouterr().err
+
+
 def test_pictures_need_an_image_suffix(
     tokenizer: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

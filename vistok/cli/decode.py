@@ -16,12 +16,11 @@ def decode(
     ),
 ) -> None:
     """Decode a file of tokens into a picture."""
-    from vistok.cli.pictures import grid_of, save_picture
-    from vistok.hub import load
+    from vistok.cli.pictures import grid_of, load_tokenizer, save_picture
     from vistok.tokens import VisualTokens
 
     held = VisualTokens.load(tokens)
-    tokenizer = load(model)
+    tokenizer = load_tokenizer(model)
     pictures = tokenizer.postprocess(tokenizer.decode(held))
     save_picture(grid_of(pictures) if len(pictures) > 1 else pictures[0], output)
     size = f"{pictures[0].width}x{pictures[0].height}"

@@ -19,10 +19,10 @@ def encode(
     as_json: Annotated[bool, typer.Option("--json", help="Print facts as JSON.")] = False,
 ) -> None:
     """Encode pictures into a file of tokens."""
+    from vistok.cli.pictures import load_tokenizer
     from vistok.errors import InvalidInputError
-    from vistok.hub import load
 
-    tokenizer = load(model)
+    tokenizer = load_tokenizer(model)
     pixels = [tokenizer.preprocess(path, size=size) for path in images]
     if len({tuple(image.shape) for image in pixels}) > 1:
         sizes = ", ".join(f"{path.name} {image.shape[-1]}x{image.shape[-2]}" for path, image in zip(images, pixels))

@@ -42,6 +42,21 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(temporary)
 
 
+def load_tokenizer(name: str) -> Any:
+    """A network that encodes and decodes pictures.
+
+    Raises:
+        InvalidInputError: if the name is another kind of network's.
+    """
+    from vistok.errors import InvalidInputError
+    from vistok.hub import load
+
+    network = load(name)
+    if not (hasattr(network, "encode") and hasattr(network, "decode")):
+        raise InvalidInputError(f"{name} is a {type(network).__name__}, not a tokenizer; use --model vq-shapes")
+    return network
+
+
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Any]:
     """A bar with rate and time left on stderr, silent when that is not a terminal; yields `advance(count=1)`."""

@@ -20,12 +20,11 @@ def reconstruct(
     """Encode and decode a picture, and say how much was lost (PSNR in dB, 8-bit pixels)."""
     import numpy as np
 
-    from vistok.cli.pictures import grid_of, save_picture
+    from vistok.cli.pictures import grid_of, load_tokenizer, save_picture
     from vistok.files import open_image
-    from vistok.hub import load
 
     original = open_image(image)
-    tokenizer = load(model)
+    tokenizer = load_tokenizer(model)
     result = tokenizer.reconstruct(original)
     error = float(((np.asarray(original, dtype=np.float64) - np.asarray(result, dtype=np.float64)) ** 2).mean())
     psnr = math.inf if error == 0 else 10 * math.log10(255**2 / error)

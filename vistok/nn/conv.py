@@ -105,7 +105,7 @@ class Upsample(nn.Module):
     """Double both sides: nearest neighbour, then a 3x3 convolution.
 
     On the CPU both become one transposed convolution with a 4x4 kernel: 16 instead of 36 multiplications a result, and
-    no enlarged copy of the input (1.3 to 1.9 times faster at the sizes of the VQ decoders). Folding the kernel costs as
+    no enlarged copy of the input (1.1 to 1.9 times faster at the sizes of the VQ decoders). Folding the kernel costs as
     much as a small convolution, so few pixels go the plain way.
     """
 
