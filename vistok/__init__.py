@@ -19,6 +19,8 @@ _EXPORTS = {
     "GenerationPipeline": "vistok.generators.pipeline",
     "TextEncoder": "vistok.generators.text",
     "VQModel": "vistok.tokenizers.vq",
+    "KLModel": "vistok.tokenizers.kl",
+    "TokenPacker": "vistok.tokenizers.tokenpacker",
     "LlamaGen": "vistok.generators.llamagen",
     "NAR": "vistok.generators.nar",
 }

@@ -55,8 +55,10 @@ class Published:
 # system name -> "module:class"; strings, so that listing systems imports none of them.
 SYSTEMS: dict[str, str] = {
     "vq": "vistok.tokenizers.vq:VQModel",
+    "kl": "vistok.tokenizers.kl:KLModel",
     "llamagen": "vistok.generators.llamagen:LlamaGen",
     "nar": "vistok.generators.nar:NAR",
+    "tokenpacker": "vistok.tokenizers.tokenpacker:TokenPacker",
 }
 
 # Networks that serve the others (evaluation features, text conditioning) and have no published checkpoints.

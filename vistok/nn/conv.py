@@ -40,9 +40,9 @@ class _GroupNorm(nn.GroupNorm):
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation with 32 groups and eps 1e-6; `channels` must be a multiple of 32."""
-    return _GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+def group_norm(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:
+    """Group normalisation with eps 1e-6; `channels` must be a multiple of `groups`."""
+    return _GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -52,13 +52,16 @@ class ResnetBlock(nn.Module):
         in_channels: width of the input.
         out_channels: width of the output.
         dropout: probability before the second convolution.
+        groups: groups of the normalisation.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, dropout: float = 0.0, groups: int = NORM_GROUPS
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -73,9 +76,9 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over the pixels, with a residual connection; quadratic in their number."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = NORM_GROUPS) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -139,12 +142,15 @@ class Level(nn.Module):
         *,
         attention: bool,
         dropout: float,
+        groups: int,
         resample: nn.Module | None,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.blocks = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
-        self.attentions = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_blocks if attention else 0))
+        self.blocks = nn.ModuleList(ResnetBlock(a, b, dropout, groups) for a, b in pairwise(widths))
+        self.attentions = nn.ModuleList(
+            AttentionBlock(out_channels, groups) for _ in range(num_blocks if attention else 0)
+        )
         self.resample = resample
 
     def stages(self) -> Iterable[nn.Module]:
@@ -171,9 +177,13 @@ class _Stack(nn.Module):
         return x
 
 
-def _middle(channels: int, dropout: float) -> nn.ModuleList:
+def _middle(channels: int, dropout: float, groups: int) -> nn.ModuleList:
     return nn.ModuleList(
-        [ResnetBlock(channels, channels, dropout), AttentionBlock(channels), ResnetBlock(channels, channels, dropout)]
+        [
+            ResnetBlock(channels, channels, dropout, groups),
+            AttentionBlock(channels, groups),
+            ResnetBlock(channels, channels, dropout, groups),
+        ]
     )
 
 
@@ -182,12 +192,13 @@ class ConvEncoder(_Stack):
 
     Args:
         in_channels: channels of the images.
-        base_channels: width that the multipliers refer to; a multiple of 32.
+        base_channels: width that the multipliers refer to; a multiple of `norm_groups`.
         multipliers: width of each level, finest first.
         num_res_blocks: residual blocks a level.
         out_channels: channels of the result.
         attention_levels: levels whose residual blocks are followed by attention.
         dropout: dropout of the residual blocks.
+        norm_groups: groups of the normalisations.
     """
 
     def __init__(
@@ -200,6 +211,7 @@ class ConvEncoder(_Stack):
         *,
         attention_levels: Iterable[int] = (),
         dropout: float = 0.0,
+        norm_groups: int = NORM_GROUPS,
     ) -> None:
         super().__init__()
         attention, last = set(attention_levels), len(multipliers) - 1
@@ -212,12 +224,13 @@ class ConvEncoder(_Stack):
                 num_res_blocks,
                 attention=i in attention,
                 dropout=dropout,
+                groups=norm_groups,
                 resample=Downsample(widths[i]) if i != last else None,
             )
             for i in range(len(widths))
         )
-        self.middle = _middle(widths[-1], dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.middle = _middle(widths[-1], dropout, norm_groups)
+        self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -234,12 +247,13 @@ class ConvDecoder(_Stack):
 
     Args:
         in_channels: channels of the feature map.
-        base_channels: width that the multipliers refer to; a multiple of 32.
+        base_channels: width that the multipliers refer to; a multiple of `norm_groups`.
         multipliers: width of each level, finest first (the decoder starts at the last).
         num_res_blocks: residual blocks a level, to which one is added.
         out_channels: channels of the images.
         attention_levels: levels (numbered as in `multipliers`) whose residual blocks are followed by attention.
         dropout: dropout of the residual blocks.
+        norm_groups: groups of the normalisations.
     """
 
     def __init__(
@@ -252,12 +266,13 @@ class ConvDecoder(_Stack):
         *,
         attention_levels: Iterable[int] = (),
         dropout: float = 0.0,
+        norm_groups: int = NORM_GROUPS,
     ) -> None:
         super().__init__()
         attention, last = set(attention_levels), len(multipliers) - 1
         widths = [base_channels * multiplier for multiplier in multipliers]
         self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
-        self.middle = _middle(widths[-1], dropout)
+        self.middle = _middle(widths[-1], dropout, norm_groups)
         # Coarsest first, as they run.
         self.levels = nn.ModuleList(
             Level(
@@ -266,11 +281,12 @@ class ConvDecoder(_Stack):
                 num_res_blocks + 1,
                 attention=i in attention,
                 dropout=dropout,
+                groups=norm_groups,
                 resample=Upsample(widths[i]) if i else None,
             )
             for i in reversed(range(len(widths)))
         )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], norm_groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -206,6 +206,24 @@ class ConditionalLlama(VistokModel):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
+    @torch.no_grad()
+    def embed_codebook(self, codes: Tensor) -> None:
+        """Start token embeddings and heads as random projections of the codebook [V, C]: like codes start alike.
+
+        Raises:
+            InvalidInputError: if the codebook has another size than the vocabulary.
+        """
+        if len(codes) != self.vocab_size:
+            raise InvalidInputError(f"the codebook has {len(codes)} codes, the vocabulary {self.vocab_size}")
+        centred = codes.float() - codes.float().mean(0)
+        centred = centred / centred.square().mean().sqrt().clamp_min(1e-12)
+        heads = [m for m in self.modules() if isinstance(m, nn.Linear) and m.out_features == self.vocab_size]
+        for module in (self.tok_embeddings, *heads):
+            projection = torch.randn(codes.shape[1], module.weight.shape[1]) / codes.shape[1] ** 0.5
+            module.weight.copy_(0.02 * centred @ projection)
+        # A little noise keeps codes apart that the projection maps to one point.
+        self.tok_embeddings.weight.add_(torch.randn_like(self.tok_embeddings.weight), alpha=0.005)
+
     # ------------------------------------------------------------------------------------------------ official files
     @classmethod
     def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:

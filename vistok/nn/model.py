@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,6 +17,14 @@ from vistok.files import read_state_dict
 from vistok.registry import Published, unknown_name
 
 __all__ = ["VistokModel", "describe_mismatch"]
+
+
+def _names_modules(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
+
+
+# diffusers 0.42 warns at every cast of a network that keeps no module in float32.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_modules)
 
 
 def _listed(names: list[str], limit: int = 12) -> str:

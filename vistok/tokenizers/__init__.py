@@ -7,10 +7,16 @@ from typing import Any
 
 _EXPORTS = {
     "CodebookReport": "vq",
+    "KLLoss": "kl",
+    "KLModel": "kl",
+    "KLModelOutput": "kl",
+    "TokenPacker": "tokenpacker",
     "VQLoss": "vq",
     "VQModel": "vq",
     "VQModelOutput": "vq",
     "VectorQuantizer": "vq",
+    "load_moments": "kl",
+    "save_moments": "kl",
     "center_crop": "transforms",
     "random_crop": "transforms",
     "ten_crop": "transforms",

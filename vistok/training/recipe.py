@@ -58,11 +58,14 @@ class ModelRecipe:
         system: `vq`, `llamagen`, `nar`, ... (the registry's names).
         config: constructor arguments of that system.
         init_from: checkpoint folder, run folder or shipped name whose matching tensors are the starting point.
+        codebook_embeddings: token embeddings and output heads start as random projections of the tokenizer's codebook,
+            so that codes which look alike start alike (generators over discrete tokens).
     """
 
     system: str
     config: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    codebook_embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,16 @@ DataRecipe = ShapesImagesRecipe | ShapesTokensRecipe | FolderRecipe | ShardsReci
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW. `weight_decay` applies to tensors of two or more dimensions only."""
+    """How the weights are stepped.
 
+    Attributes:
+        name: `adamw`, or `muon`: orthogonalised momentum for the matrices between hidden states, AdamW for the rest.
+        lr: learning rate of both.
+        betas, eps: of AdamW.
+        weight_decay: applies to tensors of two or more dimensions only.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = number(1e-4, 0.0, 10.0)
     betas: tuple[float, float] = number((0.9, 0.95), 0.0, 1.0)
     weight_decay: float = number(0.05, 0.0, 10.0)
@@ -403,6 +414,8 @@ def _check(recipe: Recipe) -> None:
         raise InvalidInputError(
             f"schedule.warmup_steps {recipe.schedule.warmup_steps} exceeds the {recipe.steps} steps of the training"
         )
+    if recipe.model.codebook_embeddings and recipe.tokenizer is None:
+        raise InvalidInputError("model.codebook_embeddings needs the field tokenizer: the checkpoint with the codebook")
     if recipe.discriminator is not None and recipe.model.system != "vq":
         raise InvalidInputError(f"discriminator belongs to the system vq; this recipe trains {recipe.model.system}")
 

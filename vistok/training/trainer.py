@@ -41,6 +41,7 @@ from .ema import EMA
 from .export import write_model
 from .logs import MetricsLog, ProgressBar
 from .monitors import GeneratorMonitor, Monitor, TokenizerMonitor
+from .optimizers import build_optimizer
 from .recipe import Recipe, ScheduleRecipe, load_recipe, recipe_differences, save_recipe
 from .sources import Forwards, Source, StepBatches, open_source
 
@@ -167,15 +168,6 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
     return report
 
 
-def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay on tensors of two or more dimensions only."""
-    trained = [value for value in model.parameters() if value.requires_grad]
-    return [
-        {"params": [value for value in trained if value.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [value for value in trained if value.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
@@ -237,6 +229,10 @@ class Trainer:
         """Networks, data and optimisers; nothing is on disk yet."""
         recipe = self.recipe
         self.model = build_model(recipe)
+        self.tokenizer = None if recipe.tokenizer is None else load_helper(recipe.tokenizer, self.device)
+        check_vocabulary(recipe, self.model, self.tokenizer)
+        if recipe.model.codebook_embeddings:
+            embed_codebook(recipe, self.model, self.tokenizer)
         if recipe.model.init_from is not None:
             report = load_matching(self.model, read_weights(recipe.model.init_from))
             if self.main and report:
@@ -244,21 +240,12 @@ class Trainer:
         self.model.to(self.device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.tokenizer = None if recipe.tokenizer is None else load_helper(recipe.tokenizer, self.device)
         self.encode_captions = None
         if recipe.text_encoder is not None:
             length = int(getattr(self.model.config, "num_condition_tokens", 1))
             self.encode_captions = load_text_encoder(recipe.text_encoder, length, self.device)
-        check_vocabulary(recipe, self.model, self.tokenizer)
         self.source = self._open_source()
-        settings = recipe.optimizer
-        optimizer = torch.optim.AdamW(
-            optimizer_groups(self.model, settings.weight_decay),
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        optimizer = build_optimizer(self.model, recipe.optimizer, self.device)
         self.judge: Any = None
         if recipe.discriminator is None:
             self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
@@ -596,6 +583,21 @@ def load_helper(name: str, device: torch.device) -> Any:
     from vistok import hub
 
     return hub.load(name).to(device).eval().requires_grad_(False)
+
+
+def embed_codebook(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """Start a generator's embeddings and heads from the codebook of its tokenizer.
+
+    Raises:
+        InvalidInputError: the generator or the tokenizer has no codes.
+    """
+    if not (hasattr(model, "embed_codebook") and hasattr(tokenizer, "quantizer")):
+        raise InvalidInputError(
+            f"model.codebook_embeddings needs a generator of discrete tokens and a tokenizer with a codebook; got "
+            f"{type(model).__name__} and {type(tokenizer).__name__}"
+        )
+    seed_everything(recipe.seed)
+    model.embed_codebook(tokenizer.quantizer.codes().cpu())
 
 
 def load_text_encoder(name: str, num_tokens: int, device: torch.device) -> Callable[[Sequence[str]], TextCondition]:

@@ -92,7 +92,7 @@ class VQModel(VistokModel):
 
     Args:
         in_channels: channels of the images.
-        base_channels: width that the multipliers refer to; a multiple of 32 (group normalisation has 32 groups).
+        base_channels: width that the multipliers refer to; a multiple of `norm_groups`.
         encoder_channel_multipliers: width of each encoder level, finest first; each level after the first halves.
         decoder_channel_multipliers: the same of the decoder, also finest first.
         num_res_blocks: residual blocks an encoder level (the decoder has one more).
@@ -107,6 +107,7 @@ class VQModel(VistokModel):
             `"middle"` only between the two middle blocks.
         usage_window: recent tokens that `usage` and dead codes are judged by.
         revive_dead_codes: replace unused codes during training (see `VectorQuantizer`).
+        norm_groups: groups of the normalisations; 32 in the published models, fewer where layers are narrow.
 
     Raises:
         InvalidInputError: if the arguments do not fit each other.
@@ -141,11 +142,12 @@ class VQModel(VistokModel):
         attention: str = "bottleneck",
         usage_window: int = 65536,
         revive_dead_codes: bool = False,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        if base_channels % 32:
+        if base_channels % norm_groups:
             raise InvalidInputError(
-                f"base_channels must be a multiple of 32 (group normalisation); got {base_channels}"
+                f"base_channels must be a multiple of norm_groups ({norm_groups}); got {base_channels}"
             )
         if len(encoder_channel_multipliers) != len(decoder_channel_multipliers):
             raise InvalidInputError(
@@ -164,6 +166,7 @@ class VQModel(VistokModel):
             z_channels,
             attention_levels=attention_levels,
             dropout=dropout,
+            norm_groups=norm_groups,
         )
         self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
         self.quantizer = VectorQuantizer(
@@ -184,6 +187,7 @@ class VQModel(VistokModel):
             in_channels,
             attention_levels=attention_levels,
             dropout=dropout,
+            norm_groups=norm_groups,
         )
         self.tile_size: int | None = None
         self.tile_overlap = 0

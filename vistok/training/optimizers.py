@@ -1,0 +1,95 @@
+"""The trainer's optimisers: AdamW, and Muon for hidden matrices beside AdamW for everything else.
+
+Source of Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the step size that suits
+AdamW's learning rates is from Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, equation 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .recipe import OptimizerRecipe
+
+__all__ = ["MuonWithAdamW", "build_optimizer", "decay_groups"]
+
+
+def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay on tensors of two or more dimensions only."""
+    return [
+        {"params": [value for value in parameters if value.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [value for value in parameters if value.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights [out, in] of linear layers between hidden states: no embeddings, no layer that names a vocabulary."""
+    widest = getattr(getattr(model, "config", None), "vocab_size", None)
+    return [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and module.out_features != widest
+    ]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimisers that step together; `param_groups` are those of both.
+
+    Args:
+        muon: of the hidden matrices.
+        adamw: of everything else.
+    """
+
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
+        self.parts = (muon, adamw)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        # The very dictionaries of the parts: whoever sets a learning rate here sets it there.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """`muon` and `adamw`, each a state dict."""
+        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """The inverse of `state_dict`."""
+        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])
+        self._link()
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerRecipe, device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser that a recipe names.
+
+    Args:
+        model: network whose parameters are trained.
+        settings: name, learning rate, momenta and weight decay.
+        device: where the network is.
+    """
+
+    def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        fused = device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+
+    if settings.name == "adamw":
+        return adamw(decay_groups([value for value in model.parameters() if value.requires_grad], settings.weight_decay))
+    matrices = hidden_matrices(model)
+    known = {id(value) for value in matrices}
+    rest = [value for value in model.parameters() if value.requires_grad and id(value) not in known]
+    muon = torch.optim.Muon(
+        matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return MuonWithAdamW(muon, adamw(decay_groups(rest, settings.weight_decay)))
