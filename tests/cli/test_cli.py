@@ -145,3 +145,55 @@ def test_ctrl_c_ends_in_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(hub, "list_models", interrupted)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "vistok: interrupted\n"
+
+
+def test_data_preview_and_decode_speak_json(
+    tokenizer: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "preview", "-n", "3", "-o", str(tmp_path / "a.png"), "--json"]) == 0
+    scenes = json.loads(capsys.readouterr().out)["scenes"]
+    assert [scene["index"] for scene in scenes] == [0, 1, 2]
+    assert all(scene["caption"] and scene["objects"][0]["shape"] for scene in scenes)
+    file, picture = tmp_path / "tokens.safetensors", tmp_path / "back.png"
+    assert main(["encode", str(photo), "--model", tokenizer, "--size", "32", "-o", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["decode", str(file), "--model", tokenizer, "-o", str(picture), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "output": str(picture),
+        "num_images": 1,
+        "width": 32,
+        "height": 32,
+    }
+
+
+def test_generate_draws_the_same_pictures_in_any_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, parts = tmp_path / "whole.png", tmp_path / "parts.png"
+    asked = ["generate", "a red circle", "-n", "3", "--temperature", "1"]
+    assert main([*asked, "-o", str(whole), "--steps-dir", str(tmp_path / "steps"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 3
+    steps = sorted((tmp_path / "steps").iterdir())
+    assert len(steps) == 15  # diagonals of 8x8 tokens
+    assert np.array_equal(np.asarray(Image.open(steps[-1])), np.asarray(Image.open(whole)))
+    assert main([*asked, "-o", str(parts), "--batch-size", "2"]) == 0
+    difference = np.asarray(Image.open(whole)).astype(int) - np.asarray(Image.open(parts)).astype(int)
+    assert abs(difference).max() <= 1
+
+
+def test_generate_keeps_finished_pictures_on_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vistok.generators.pipeline import GenerationPipeline
+
+    draw, calls = GenerationPipeline.__call__, []
+
+    def interrupted(self: GenerationPipeline, *arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(self, *arguments, **options)
+
+    monkeypatch.setattr(GenerationPipeline, "__call__", interrupted)
+    out = tmp_path / "out.png"
+    assert main(["generate", "a red circle", "-n", "4", "--batch-size", "1", "-o", str(out)]) == 130
+    assert "1 of 4 pictures" in capsys.readouterr().err
+    assert Image.open(out).size == (64, 64)

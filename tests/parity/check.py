@@ -6,6 +6,8 @@ PATH is a golden file (`*.safetensors`), a manifest (`manifest_*.json[.gz]`) or 
 Adapters live in `tests/parity/adapters/`: a module declares `SYSTEM`, `CASES` (case name -> function that takes a
 `Golden` and returns our outputs under the file's names) and `MANIFESTS` (name prefix -> function of the name and of
 `{official key: (shape, dtype)}` and raises if our published-size model expects anything else). The longest prefix wins.
+`FILES` (file name prefix -> function that takes the path and raises on any difference) claims recordings of other kinds:
+JSON tables, manifests of another layout, the authors' own files. It is asked first.
 An adapter whose kernels add in another order than the authors' names those cases in `REORDERED`; they are compared at
 `REORDERED_TOLERANCE`, or at the file's own tolerance where that is wider.
 """
@@ -30,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-if str(REPOSITORY) not in sys.path:
+if sys.path[0] != str(REPOSITORY):  # first: some packages install a folder named tests
     sys.path.insert(0, str(REPOSITORY))
 
 ADAPTERS = "tests.parity.adapters"
@@ -122,6 +124,31 @@ def reordered() -> frozenset[tuple[str, str]]:
     return frozenset((module.SYSTEM, case) for module in modules for case in getattr(module, "REORDERED", ()))
 
 
+@cache
+def other_files() -> dict[str, dict[str, Callable]]:
+    """system -> file name prefix -> function, of files that are neither golden tensors nor plain manifests."""
+    found: dict[str, dict[str, Callable]] = {}
+    package = importlib.import_module(ADAPTERS)
+    for module in pkgutil.iter_modules(package.__path__):
+        adapter = importlib.import_module(f"{ADAPTERS}.{module.name}")
+        found.setdefault(adapter.SYSTEM, {}).update(getattr(adapter, "FILES", {}))
+    return found
+
+
+def system_of(path: Path) -> str:
+    """The system that a file other than golden tensors belongs to: what it says itself, or its folder's name."""
+    if path.name.endswith((".json", ".json.gz")):
+        content = json.loads(read_text(path))
+        if isinstance(content, dict) and isinstance(content.get("system"), str):
+            return content["system"]
+    return path.parent.name
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, gzipped or not."""
+    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+
+
 def find(table: Mapping[str, Callable], name: str) -> Callable | None:
     """The entry whose key is the longest prefix of `name`."""
     keys = [key for key in table if name.startswith(key)]
@@ -197,8 +224,7 @@ def check_manifest(path: Path) -> Result:
     run = find(tables()[1].get(system, {}), stem)
     if run is None:
         return Result(name, False, reason="unknown kind: no adapter")
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-    keys = {key: (tuple(shape), dtype) for key, (shape, dtype) in json.loads(text).items()}
+    keys = {key: (tuple(shape), dtype) for key, (shape, dtype) in json.loads(read_text(path)).items()}
     try:
         run(stem, keys)
     except Exception as error:  # a failing manifest must not hide the others
@@ -206,8 +232,22 @@ def check_manifest(path: Path) -> Result:
     return Result(name, True)
 
 
+def check_other(path: Path, run: Callable) -> Result:
+    """Hand a file of another kind to the adapter that claims it."""
+    name = f"{system_of(path)}/{path.name}"
+    try:
+        run(path)
+    except Exception as error:  # a failing file must not hide the others
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return Result(name, False, reason=f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})")
+    return Result(name, True)
+
+
 def check(path: Path) -> Result:
-    """Check one file of either kind."""
+    """Check one file of any kind."""
+    claimed = find(other_files().get(system_of(path), {}), path.name)
+    if claimed is not None:
+        return check_other(path, claimed)
     if path.name.startswith("manifest_"):
         return check_manifest(path)
     if path.suffix == ".safetensors":

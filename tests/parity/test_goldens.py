@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.parity.check import REPOSITORY, check, collect, main, tables
+from tests.parity.check import REPOSITORY, check, collect, find, main, other_files, system_of, tables
 
 COMMITTED = REPOSITORY / "tests" / "golden"
 SHARED = REPOSITORY.parent / "shared" / "golden"
@@ -20,6 +20,9 @@ def replayable(folder: Path) -> list[Path]:
     cases, manifests = tables()
     files = []
     for path in collect([folder] if folder.is_dir() else []):
+        if find(other_files().get(system_of(path), {}), path.name) is not None:
+            files.append(path)
+            continue
         if path.name.startswith("manifest_"):
             known, name = manifests.get(path.parent.name, {}), path.name.removeprefix("manifest_")
         elif path.suffix == ".safetensors":
@@ -31,6 +34,15 @@ def replayable(folder: Path) -> list[Path]:
         if any(name.startswith(key) for key in known):
             files.append(path)
     return files
+
+
+def test_a_claimed_file_that_differs_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = next(path for path in replayable(COMMITTED) if path.name == "text_spans.json")
+    wrong = tmp_path / "attribute_directions"
+    wrong.mkdir()
+    (wrong / path.name).write_text(path.read_text(encoding="utf-8").replace('"matches": 1', '"matches": 2'))
+    assert main([str(wrong)]) == 1
+    assert "FAIL" in capsys.readouterr().out
 
 
 def label(path: Path) -> str:

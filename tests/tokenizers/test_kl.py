@@ -19,7 +19,7 @@ from vistok.tokens import VisualTokens
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "kl16"
 MAPPING = Path(__file__).parents[3] / "shared" / "golden" / "kl16" / "diffusers_mapping.json"
-KL16 = KLModel.published["kl16.imagenet"]
+KL16 = KLModel.published["kl16.mar"]
 
 
 def build(**overrides: object) -> KLModel:
@@ -64,7 +64,7 @@ def test_any_diffusers_folder_loads(tmp_path: Path) -> None:
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
     model = KLModel.from_pretrained(tmp_path / "vae", patch_size=2)
     assert model.config.scaling_factor == 0.18215
-    assert (model.token_dim, model.downsample_factor) == (12, 2)
+    assert (model.token_size, model.downsample_factor) == (12, 2)
     with torch.no_grad():
         expected = vae.encode(images()).latent_dist.mode() * 0.18215
     assert torch.equal(model.latents_from_tokens(model.encode(images())), expected)
@@ -195,16 +195,17 @@ def test_the_loss_is_error_plus_divergence_an_image() -> None:
 
 
 def test_training_lowers_the_loss_with_and_without_an_adversary() -> None:
-    x = images(4, 8, 8)
+    x = images(4, 1, 1).expand(-1, -1, 8, 8).contiguous()  # plain colours
     model = build(block_out_channels=(8, 8)).train()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     first = last = 0.0
     for step in range(20):
         loss = model.training_loss({"images": x}, generator=torch.Generator().manual_seed(step))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        first, last = (float(loss) if step == 0 else first), float(loss)
+        last = float(loss.detach())
+        first = last if step == 0 else first
     assert last < 0.8 * first
     objective = KLLoss(
         None, PatchDiscriminator(base_channels=8, num_layers=1), reconstruction="l1", adversarial_start=0,
@@ -238,7 +239,7 @@ def test_official_names_go_there_and_back(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="VQGAN"):
         KLModel.from_official({**official, "quantize.embedding.weight": torch.zeros(2, 2)}, config)
     with pytest.raises(CheckpointError, match="attn_resolutions"):
-        KLModel.from_official(official, {**config, "attn_resolutions": []} | {"attn_resolutions": [8]})
+        KLModel.from_official(official, {**config, "attn_resolutions": [8]})
 
 
 def test_the_published_keys_are_all_renamed() -> None:

@@ -22,18 +22,28 @@ def preview(
     image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Stream of scenes.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG grid.")] = Path("scenes.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print captions and annotations as JSON.")] = False,
 ) -> None:
     """Write a grid of scenes, and print their captions in the same order."""
+    import json
+    from dataclasses import asdict
+
     import numpy as np
     from PIL import Image
 
     from vistok.cli.pictures import grid_of, save_picture
     from vistok.data import shapes
 
-    pictures = []
+    pictures, listed = [], []
     for index in range(num_images):
         scene = shapes.sample_scene(seed, index, num_objects)
         pictures.append(Image.fromarray(shapes.render(scene, image_size)))
-        typer.echo(f"{index:3d}  {shapes.caption(scene, np.random.default_rng([seed, index]))}")
+        text = shapes.caption(scene, np.random.default_rng([seed, index]))
+        listed.append({"index": index, "caption": text, "objects": [asdict(item) for item in scene.objects]})
+        if not as_json:
+            typer.echo(f"{index:3d}  {text}")
     save_picture(grid_of(pictures), output)
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "seed": seed, "scenes": listed}))
+        return
     typer.echo(f"{output}: {num_images} scenes of seed {seed}")

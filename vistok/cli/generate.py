@@ -25,9 +25,14 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
+    guidance_interval: Annotated[
+        int | None, typer.Option(min=0, help="Guide until this many tokens are drawn [default: the checkpoint's own]")
+    ] = None,
     film: Annotated[
         Path | None, typer.Option(help="Also write a film strip: one row a picture, one column a step.")
     ] = None,
+    steps_dir: Annotated[Path | None, typer.Option(help="Also write the grid after every step into this folder.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; does not change them.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
@@ -51,48 +56,71 @@ def generate(
     label: int | str | None = class_label
     if class_label is not None and class_label.lstrip("-").isdigit():
         label = int(class_label)
-    strips: list[list] = []
-    with progress("steps", 1) as advance:
+    strips: list[list] = []  # one a batch: previews [step][picture]
+    pictures: list = []
+    interrupted = False
+    with progress("pictures x steps", 1) as advance:
+        try:
+            for first in range(0, num_images, batch_size):
+                part = generators[first : first + batch_size]
+                strip: list = []
 
-        def on_step(pipeline: object, index: int, total: int, inputs: dict) -> dict:
-            advance(total=total)
-            if film is not None:
-                strips.append(pipe.preview(inputs["tokens"]))
-            return inputs
+                def on_step(pipeline: object, index: int, total: int, inputs: dict, size=len(part), strip=strip) -> dict:
+                    advance(size, total=total * num_images)
+                    if film is not None or steps_dir is not None:
+                        strip.append(pipe.preview(inputs["tokens"]))
+                    return inputs
 
-        result = pipe(
-            prompt,
-            class_labels=label,
-            num_images_per_prompt=num_images,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            height=height,
-            width=width,
-            generator=generators,
-            callback_on_step_end=on_step,
-        )
+                result = pipe(
+                    prompt,
+                    class_labels=label,
+                    num_images_per_prompt=len(part),
+                    guidance_scale=guidance_scale,
+                    guidance_interval=guidance_interval,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    height=height,
+                    width=width,
+                    generator=part,
+                    callback_on_step_end=on_step,
+                )
+                pictures += result.images
+                strips.append(strip)
+        except KeyboardInterrupt:
+            if not pictures:
+                raise
+            interrupted = True  # what is finished is written
     drawn = time.perf_counter()
-    save_picture(grid_of(result.images), output)
+    save_picture(grid_of(pictures), output)
+    steps = [[picture for batch in moment for picture in batch] for moment in zip(*strips, strict=True)]
     if film is not None:
-        save_picture(grid_of([step[row] for row in range(num_images) for step in strips], columns=len(strips)), film)
+        save_picture(grid_of([step[row] for row in range(len(pictures)) for step in steps], columns=len(steps)), film)
+    if steps_dir is not None:
+        for number, step in enumerate(steps):
+            save_picture(grid_of(step), steps_dir / f"step-{number:04d}.png")
     report = {
         "output": str(output),
         "model": model,
         "prompt": prompt,
         "class": class_label,
-        "num_images": num_images,
+        "num_images": len(pictures),
         "seed": seed,
+        "interrupted": interrupted,
         "seconds_to_load": round(loaded - begun, 3),
         "seconds_to_draw": round(drawn - loaded, 3),
     }
     if film is not None:
         report["film"] = str(film)
+    if steps_dir is not None:
+        report["steps_dir"] = str(steps_dir)
     if as_json:
         typer.echo(json.dumps(report))
     else:
         typer.echo(
-            f"{output}: {num_images} picture{'s' if num_images > 1 else ''} by {model}, seed {seed} "
+            f"{output}: {len(pictures)} picture{'s' if len(pictures) > 1 else ''} by {model}, seed {seed} "
             f"(loaded in {loaded - begun:.1f} s, drawn in {drawn - loaded:.1f} s)"
         )
+    if interrupted:
+        typer.echo(f"vistok: interrupted; {len(pictures)} of {num_images} pictures were finished", err=True)
+        raise typer.Exit(130)

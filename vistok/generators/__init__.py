@@ -8,6 +8,7 @@ from typing import Any
 _EXPORTS = {
     "LlamaGen": "llamagen",
     "NAR": "nar",
+    "MAR": "mar",
     "GenerationPipeline": "pipeline",
     "TextEncoder": "text",
 }

@@ -1,6 +1,9 @@
 """`GenerationPipeline`: a prompt or a class becomes pictures, with any token generator and any grid tokenizer.
 
-Letters: B images, N tokens an image, H rows and W columns of pixels.
+Tokens are ids of a codebook or continuous features; a generator of features has a `token_size` (channels of a token),
+and one with settings of its own names them in `sampling_defaults` and checks them in `check_settings`.
+
+Letters: B images, N tokens an image, H rows and W columns of pixels, D channels of a continuous token.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from vistok.tokens import VisualTokens
 __all__ = ["GenerationOutput", "GenerationPipeline", "Preview"]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# What a sampler does when neither the call nor the checkpoint says anything.
+# What a sampler of discrete tokens does when neither the call nor the checkpoint says anything.
 SAMPLER_DEFAULTS: dict[str, Any] = {
     "guidance_scale": 1.0,
     "guidance_interval": None,
@@ -81,13 +84,14 @@ class GenerationPipeline(DiffusionPipeline):
     """Joins a token generator, an image tokenizer and, for prompts, a text encoder.
 
     Args:
-        generator: `NAR`, `LlamaGen`, ...
-        tokenizer: what decodes its tokens, e.g. `VQModel`.
+        generator: `NAR`, `LlamaGen`, `MAR`, ...
+        tokenizer: what decodes its tokens, e.g. `VQModel` or (continuous ones) `KLModel`.
         text_encoder: transformers text encoder of a text-conditional generator; None if only `prompt_embeds` are given.
         text_tokenizer: the tokenizer of that text encoder.
         class_names: names of the classes of a class-conditional generator, by label; a name may list several, separated
             by commas ("tench, Tinca tinca").
-        sampling: default sampling settings (`guidance_scale`, `guidance_interval`, `temperature`, `top_k`, `top_p`).
+        sampling: default sampling settings, by their names in the generator's `sample` (`guidance_scale`,
+            `temperature`, ...).
         image_size: side in pixels of the square images that the generator's training grid stands for; checks that the
             tokenizer covers as many pixels a token.
 
@@ -115,9 +119,7 @@ class GenerationPipeline(DiffusionPipeline):
             raise InvalidInputError("text_encoder and text_tokenizer belong together; only one of them was given")
         if class_names is not None and generator.num_classes is not None and len(class_names) != generator.num_classes:
             raise InvalidInputError(f"{len(class_names)} class_names for {generator.num_classes} classes")
-        unknown = sorted(set(sampling or {}) - set(SAMPLER_DEFAULTS))
-        if unknown:
-            raise InvalidInputError(f"unknown sampling setting {unknown}; known: {', '.join(SAMPLER_DEFAULTS)}")
+        _check_settings(generator, sampling or {})
         self.register_modules(
             generator=generator, tokenizer=tokenizer, text_encoder=text_encoder, text_tokenizer=text_tokenizer
         )
@@ -178,7 +180,10 @@ class GenerationPipeline(DiffusionPipeline):
         if self.generator.training:
             raise InvalidInputError("the generator is in training mode: call pipe.generator.eval() first")
         settings = self._settings(settings)
-        check_sampling(**settings, generator=generator, batch=count)
+        if hasattr(self.generator, "check_settings"):
+            self.generator.check_settings(generator, count, **settings)
+        else:
+            check_sampling(**settings, generator=generator, batch=count)
         grid = self._grid(grid, height, width)
         if prefix is not None:
             self.generator.known_tokens(prefix, count, self.generator.grid if grid is None else grid)
@@ -266,8 +271,9 @@ class GenerationPipeline(DiffusionPipeline):
 
     def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling settings: what the call gives, else the checkpoint's, else the sampler's."""
-        own = {**SAMPLER_DEFAULTS, **self.config.sampling}
-        return {name: own[name] if given.get(name) is None else given[name] for name in SAMPLER_DEFAULTS}
+        given = {name: value for name, value in given.items() if value is not None}
+        _check_settings(self.generator, given)
+        return {**_defaults(self.generator), **self.config.sampling, **given}
 
     # ---------------------------------------------------------------------------------------------------- conditions
     def _text(self) -> TextEncoder:
@@ -326,19 +332,20 @@ class GenerationPipeline(DiffusionPipeline):
     def decode_tokens(self, tokens: VisualTokens) -> Tensor:
         """Tokens to images, float [B, 3, H, W], about [-1, 1].
 
-        Undecided tokens (mask False) take the code of the nearest decided one, so that they disturb their neighbours
-        less than an arbitrary code would.
+        Undecided tokens (mask False) take the value of the nearest decided one, so that they disturb their neighbours
+        less than an arbitrary one would.
         """
         _run_hook(self.tokenizer)
-        ids, grid, mask = tokens.ids, tokens.grid, tokens.mask
-        assert ids is not None
+        grid, mask = tokens.grid, tokens.mask
+        held = VisualTokens(tokens.ids, tokens.features, grid)
         if mask is not None and grid is not None and bool(mask.any()) and not bool(mask.all()):
             cells = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()
-            distance = torch.cdist(cells, cells, p=1.0).to(ids.device)
+            distance = torch.cdist(cells, cells, p=1.0).to(tokens.device)
             nearest = distance.masked_fill(~mask[:, None], float("inf")).argmin(-1)  # [B, N]
-            ids = ids.gather(1, nearest)
+            chosen = held.select(nearest)
+            held = VisualTokens(chosen.ids, chosen.features, grid)
         with torch.no_grad():
-            return self.tokenizer.decode(VisualTokens(ids=ids, grid=grid).to(self.tokenizer.device))
+            return self.tokenizer.decode(held.to(self.tokenizer.device))
 
     def preview(self, tokens: VisualTokens) -> list[Image.Image]:
         """PIL images of unfinished tokens; places without a token are grey."""
@@ -364,9 +371,6 @@ class GenerationPipeline(DiffusionPipeline):
         **sampling: Any,
     ) -> Iterator[Preview]:
         """Yield the pictures as they grow, one `Preview` a model step. Arguments as in `__call__`, checked at once."""
-        unknown = sorted(sampling.keys() - SAMPLER_DEFAULTS.keys())
-        if unknown:
-            raise InvalidInputError(f"unknown sampling setting {unknown}; known: {', '.join(SAMPLER_DEFAULTS)}")
         request = self.check_inputs(
             prompt,
             class_labels,
@@ -394,6 +398,7 @@ class GenerationPipeline(DiffusionPipeline):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        num_inference_steps: int | None = None,
         grid: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -403,6 +408,7 @@ class GenerationPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        **sampling: Any,
     ) -> GenerationOutput | tuple[Any, VisualTokens]:
         """Generate pictures.
 
@@ -414,8 +420,9 @@ class GenerationPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance, u + s (c - u); up to 1 is none. None takes the checkpoint's
                 default, here and below.
             guidance_interval: see the generator's `sample`.
-            temperature: 0 is greedy.
-            top_k, top_p: filters; 0 and 1 switch them off.
+            temperature: 0 is greedy (of continuous tokens: without noise in the sampler's steps).
+            top_k, top_p: filters of discrete tokens; 0 and 1 switch them off.
+            num_inference_steps: model steps, where the generator lets one choose.
             grid: (rows, cols) of tokens; None is the training grid.
             height, width: the same in pixels.
             generator: one `torch.Generator`, or one an image (each picture then does not depend on the batch).
@@ -426,6 +433,7 @@ class GenerationPipeline(DiffusionPipeline):
                 may return a dictionary with other `"tokens"` (the generator continues from those; only decided tokens
                 are read), and setting `pipe._interrupt = True` stops after this step.
             callback_on_step_end_tensor_inputs: what the callback gets; only `"tokens"` exists.
+            **sampling: further settings of the generator's `sample` (`guidance_schedule`, `num_diffusion_steps`, ...).
 
         Returns:
             The pictures and their tokens.
@@ -447,6 +455,8 @@ class GenerationPipeline(DiffusionPipeline):
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "num_inference_steps": num_inference_steps,
+            **sampling,
         }
         request = self.check_inputs(
             prompt,
@@ -465,7 +475,7 @@ class GenerationPipeline(DiffusionPipeline):
             tokens = step.tokens
         assert tokens is not None
         if tokens.mask is None or bool(tokens.mask.all()):
-            tokens = VisualTokens(ids=tokens.ids, grid=tokens.grid)
+            tokens = VisualTokens(ids=tokens.ids, features=tokens.features, grid=tokens.grid)
         images: Any = tokens
         if output_type == "pil" and tokens.mask is not None:
             images = self.preview(tokens)
@@ -478,7 +488,16 @@ class GenerationPipeline(DiffusionPipeline):
 def _check_parts(generator: Any, tokenizer: Any, image_size: int | None) -> None:
     """Raise InvalidInputError if the tokenizer cannot be the one that the generator writes for."""
     writer, reader = type(generator).__name__, type(tokenizer).__name__
-    wanted, held = generator.config.vocab_size, tokenizer.config.codebook_size
+    continuous, decodes = hasattr(generator, "token_size"), hasattr(tokenizer, "token_size")
+    if continuous != decodes:
+        kinds = ("continuous tokens", "ids of a codebook")
+        raise InvalidInputError(
+            f"{writer} writes {kinds[not continuous]}, but {reader} decodes {kinds[not decodes]}; load the tokenizer "
+            "that the generator was trained with"
+        )
+    if continuous:
+        _check_continuous(generator, tokenizer)
+    wanted, held = (None, None) if continuous else (generator.config.vocab_size, tokenizer.config.codebook_size)
     if wanted != held:
         raise InvalidInputError(
             f"{writer} writes tokens of a codebook of {wanted}, but {reader} has {held} codes; load the tokenizer that "
@@ -494,6 +513,37 @@ def _check_parts(generator: Any, tokenizer: Any, image_size: int | None) -> None
         )
 
 
+def _check_continuous(generator: Any, tokenizer: Any) -> None:
+    """Raise InvalidInputError if tokens of the generator have other channels or another scale than the tokenizer's."""
+    writer, reader = type(generator).__name__, type(tokenizer).__name__
+    if generator.token_size != tokenizer.token_size:
+        raise InvalidInputError(
+            f"{writer} writes tokens of {generator.token_size} channels, but {reader} decodes tokens of "
+            f"{tokenizer.token_size}; load the tokenizer that the generator was trained with"
+        )
+    wanted, held = generator.config.get("scaling_factor"), tokenizer.config.get("scaling_factor")
+    if wanted is not None and held is not None and abs(wanted - held) > 1e-4 * abs(wanted):
+        raise InvalidInputError(
+            f"{writer} was trained on latents scaled by {wanted}, but {reader} scales by {held}; load the tokenizer "
+            "that the generator was trained with"
+        )
+
+
+def _defaults(generator: Any) -> Mapping[str, Any]:
+    """The generator's sampling settings, with what it does when nothing is said."""
+    return getattr(generator, "sampling_defaults", SAMPLER_DEFAULTS)
+
+
+def _check_settings(generator: Any, given: Mapping[str, Any]) -> None:
+    """Raise InvalidInputError if the generator has no such sampling settings."""
+    known = _defaults(generator)
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise InvalidInputError(
+            f"unknown sampling setting {unknown} of {type(generator).__name__}; known: {', '.join(known)}"
+        )
+
+
 def _replacement(reply: Mapping[str, Any] | None, step: Step) -> VisualTokens | None:
     """The tokens that a callback returned instead of the step's; None if they are the same."""
     tokens = None if reply is None else reply.get("tokens")
@@ -502,14 +552,18 @@ def _replacement(reply: Mapping[str, Any] | None, step: Step) -> VisualTokens | 
         return None
     if (
         not isinstance(tokens, VisualTokens)
-        or tokens.ids is None
+        or (tokens.ids is None) != (held.ids is None)
+        or (tokens.features is None) != (held.features is None)
         or tokens.grid != held.grid
         or len(tokens) != len(held)
     ):
         raise InvalidInputError(
             f"the callback must return VisualTokens of {len(held)} images on the grid {held.grid}; got {tokens!r:.80}"
         )
-    return None if torch.equal(tokens.ids, held.ids) else VisualTokens(tokens.ids, None, held.grid, held.mask)
+    pairs = ((tokens.ids, held.ids), (tokens.features, held.features))
+    if all(ours is None or torch.equal(ours, theirs) for ours, theirs in pairs):
+        return None
+    return VisualTokens(tokens.ids, tokens.features, held.grid, held.mask)
 
 
 def _run_hook(part: Any) -> None:

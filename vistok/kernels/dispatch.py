@@ -131,6 +131,19 @@ class Choice:
 _OPERATIONS: dict[str, Op] = {}
 
 
+def _compiled_when_called(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile(function)`, made at the first call: making it imports the compiler, which takes seconds."""
+    compiled: Callable[..., Tensor] | None = None
+
+    def run(*arguments: Any) -> Tensor:
+        nonlocal compiled
+        if compiled is None:
+            compiled = torch.compile(function)
+        return compiled(*arguments)
+
+    return run
+
+
 class Op:
     """A fused operation, registered as `torch.ops.vistok.<name>`.
 
@@ -154,7 +167,7 @@ class Op:
         """Decorator: make a function over the schema's arguments the backend `name`; `check` raises `Declined`."""
 
         def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            run = torch.compile(function) if name == "compile" else function
+            run = _compiled_when_called(function) if name == "compile" else function
             self.backends[name] = Backend(run, check or (lambda *arguments: None))
             return function
 

@@ -5,7 +5,7 @@
 Sources: Lipman et al. (arXiv 2210.02747) and Liu et al. (arXiv 2209.03003) for the path, SiT (arXiv 2401.08740) for the
 stochastic sampler, Stable Diffusion 3 (arXiv 2403.03206) for logit-normal times.
 
-Letters: B images, D channels of a condition, S solver steps.
+Letters: B images, S solver steps.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.errors import InvalidInputError
+from vistok.nn import diffusion
 from vistok.nn.sampling import Generators
 
 __all__ = [
     "SOLVERS",
     "FlowSchedule",
     "FlowStep",
-    "TimestepEmbedder",
     "clean_from_velocity",
     "flow_schedule",
     "flow_steps",
@@ -32,9 +32,7 @@ __all__ = [
     "logit_normal_times",
     "score_from_velocity",
     "solver_dtype",
-    "standard_normal",
     "time_index",
-    "timestep_embedding",
     "velocity_target",
 ]
 
@@ -44,25 +42,6 @@ TIME_STEPS = 1000  # t in [0, 1] is embedded as trunc(1000 t)
 
 
 # ---------------------------------------------------------------------------------------------------------------- draws
-def standard_normal(
-    shape: Sequence[int],
-    generator: Generators,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """N(0, 1) draws.
-
-    Args:
-        shape: [B, ...]; with a list of generators, image b draws from the b-th alone, whatever else is in the batch.
-        generator: one for all images, one an image, or None for torch's default. Draws happen on its device.
-        device, dtype: of the result; draws are made in float32 and then converted.
-    """
-    if isinstance(generator, Sequence):
-        return torch.stack([standard_normal(shape[1:], one, device, dtype) for one in generator])
-    source = torch.device(device) if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source).to(device=device, dtype=dtype)
-
-
 def logit_normal_times(
     shape: Sequence[int],
     generator: torch.Generator | None,
@@ -72,7 +51,7 @@ def logit_normal_times(
     std: float = 1.0,
 ) -> Tensor:
     """Times sigmoid(n), n ~ N(mean, std^2), as float32: dense in the middle of the path, never 0 or 1 exactly."""
-    normal = standard_normal(shape, generator, device)
+    normal = diffusion.gaussian_noise(shape, generator, device)
     # In float64 where there is one: sigmoid rounds to 1 from n = 17 on in float32.
     return torch.sigmoid(mean + std * normal.to(solver_dtype(normal.device))).float()
 
@@ -98,36 +77,9 @@ def score_from_velocity(velocity: Tensor, x: Tensor, time: Tensor | float) -> Te
     return (-(1.0 - time) * velocity - x) / time
 
 
-# -------------------------------------------------------------------------------------------------------- the embedding
 def time_index(time: Tensor) -> Tensor:
     """trunc(1000 t), int64, computed in the type of `time`: float32 and float64 differ for some times (0.28)."""
     return (time * TIME_STEPS).long()
-
-
-def timestep_embedding(index: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids [..., size] of an index [...]: cosines of index * max_period^(-2i / size), then the sines."""
-    half = size // 2
-    rates = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=index.device) / half)
-    angles = index.float()[..., None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids of an integer time through two linear layers.
-
-    Args:
-        size: channels D of the result.
-        frequencies: channels of the sinusoids, even.
-    """
-
-    def __init__(self, size: int, frequencies: int = 256) -> None:
-        super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, size), nn.SiLU(), nn.Linear(size, size))
-
-    def forward(self, index: Tensor) -> Tensor:
-        """int64 [...] -> [..., D]."""
-        return self.mlp(timestep_embedding(index, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
 # -------------------------------------------------------------------------------------------------------------- solvers
@@ -231,6 +183,6 @@ def flow_steps(
         drift = torch.add(x, predicted, alpha=2.0 - time) if stochastic else predicted
         x = torch.add(x, drift, alpha=step)
         if stochastic and index + 1 < len(schedule):
-            draws = standard_normal(x.shape, generator, x.device, x.dtype)
-            x = x.add_(draws, alpha=math.sqrt(2.0 * time) * math.sqrt(-step))
+            draws = diffusion.gaussian_noise(x.shape, generator, x.device)
+            x = x.add_(draws.to(x.dtype), alpha=math.sqrt(2.0 * time) * math.sqrt(-step))
         yield FlowStep(index, x, clean)

@@ -376,26 +376,31 @@ class MaskedGenerator(VistokModel):
             return TextCondition(batch["text_features"], batch.get("text_mask"))
         return batch["labels"]
 
-    def batch_tokens(self, batch: Mapping[str, Any], key: str, grid: tuple[int, int], channels: int) -> Tensor:
-        """Training tokens float32 [B, N, C p p] from latents [B, C, H, W] under `key`.
+    def batch_tokens(
+        self, batch: Mapping[str, Any], names: tuple[str, str], grid: tuple[int, int], channels: int, patch_size: int
+    ) -> Tensor:
+        """Training tokens float32 [B, N, C p p]: latents [B, C, H, W] or tokens themselves, under the first or the second
+        of two names.
 
         Raises:
             InvalidInputError: missing, misshapen, or with NaN or infinity.
         """
-        side = getattr(self, "patch_size", 1)
-        shape = (channels, grid[0] * side, grid[1] * side)
-        if key not in batch:
+        name = next((name for name in names if name in batch), None)
+        if name is None:
             given = ", ".join(sorted(batch)) or "none"
-            raise InvalidInputError(f"this {type(self).__name__} trains on batches with {key!r}; got {given}")
-        latents = batch[key]
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != shape:
+            raise InvalidInputError(f"this {type(self).__name__} trains on batches with {names[0]!r}; got {given}")
+        values: Tensor = batch[name]
+        shape: tuple[int, ...] = (channels, grid[0] * patch_size, grid[1] * patch_size)
+        if name == names[1]:
+            shape = (grid[0] * grid[1], channels * patch_size**2)
+        if tuple(values.shape[1:]) != shape:
             raise InvalidInputError(
-                f"{key} must be [B, {shape[0]}, {shape[1]}, {shape[2]}] for this {type(self).__name__}; got "
-                f"{list(latents.shape)}: was another tokenizer or image size used?"
+                f"{name} must be [B, {', '.join(map(str, shape))}] for this {type(self).__name__}; got "
+                f"{list(values.shape)}: was another tokenizer or image size used?"
             )
-        if not bool(torch.isfinite(latents).all()):
-            raise InvalidInputError(f"{key} contain NaN or infinity: check the tokenizer and the cached files")
-        return patchify(latents.float(), side)
+        if not bool(torch.isfinite(values).all()):
+            raise InvalidInputError(f"{name} contain NaN or infinity: check the tokenizer and the cached files")
+        return values.float() if name == names[1] else patchify(values.float(), patch_size)
 
     # ----------------------------------------------------------------------------------------------------- sampling
     def check_settings(self, generator: Generators, batch: int, **settings: Any) -> None:

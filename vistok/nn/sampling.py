@@ -36,8 +36,9 @@ class Step:
     Attributes:
         index: number of the step, from 0.
         total: number of steps of the whole run.
-        tokens: all tokens so far, ids [B, N] in raster order; undecided ones are 0 and False in `tokens.mask`.
-        changed: int64 [S] on the CPU, raster positions decided in this step.
+        tokens: all tokens so far, ids [B, N] or features [B, N, D] in raster order; undecided ones are 0 and False in
+            `tokens.mask`.
+        changed: int64 on the CPU, raster positions decided in this step: [S], or [B, S] where images differ in them.
     """
 
     index: int

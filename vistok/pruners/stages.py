@@ -92,6 +92,7 @@ class Context:
         hidden: [B, S, D], embeddings before the language model, or hidden states before the decoder layer.
         valid: bool [B, S], False for padding.
         carried: [B, S] vectors that scorers gather over layers; they shrink with the sequence.
+        number: of the stage in the pruner.
         readings: what `Scorer.read_tower` returned, view by view, in the order of the tower.
         terms: a scorer leaves the parts of its score here by name, span by span; the report shows them.
         engine: the run itself, for attention rows of decoder layers (`received`, `text_rows`, `last_row`).
@@ -104,6 +105,7 @@ class Context:
     layer: int | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
     readings: Any = None
+    number: int = 0
     terms: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def features(self, span: Span) -> Tensor:

@@ -33,7 +33,8 @@ from torch import Tensor
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
 from vistok.files import atomic_path, open_image
 from vistok.nn.adversarial import AdversarialLoss
-from vistok.nn.flow import standard_normal
+from vistok.nn.diffusion import gaussian_noise
+from vistok.nn.masked import patchify, unpatchify
 from vistok.nn.model import VistokModel
 from vistok.nn.sampling import Generators
 from vistok.registry import Published
@@ -190,8 +191,8 @@ class KLModel(VistokModel, AutoencoderKL):
 
     system: ClassVar[str] = "kl"
     published: ClassVar[dict[str, Published]] = {
-        "kl16.imagenet": Published(
-            name="kl16.imagenet",
+        "kl16.mar": Published(
+            name="kl16.mar",
             system="kl",
             config=official_configuration({}),
             hub_file="kl16.ckpt",
@@ -288,7 +289,7 @@ class KLModel(VistokModel, AutoencoderKL):
         return 2 ** (len(self.config.block_out_channels) - 1) * self.config.patch_size
 
     @property
-    def token_dim(self) -> int:
+    def token_size(self) -> int:
         """Channels of a token, D."""
         return self.config.latent_channels * self.config.patch_size**2
 
@@ -443,13 +444,11 @@ class KLModel(VistokModel, AutoencoderKL):
             InvalidInputError: sides not divisible by p.
         """
         side = self.config.patch_size
-        batch, _, height, width = latents.shape
+        height, width = latents.shape[2:]
         if height % side or width % side:
             raise InvalidInputError(f"latents of {height}x{width} do not divide into patches of {side}x{side}")
         grid = (height // side, width // side)
-        patches = latents.unflatten(3, (grid[1], side)).unflatten(2, (grid[0], side))
-        features = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid[0] * grid[1], self.token_dim)
-        return VisualTokens(features=features, grid=grid)
+        return VisualTokens(features=patchify(latents, side), grid=grid)
 
     def latents_from_tokens(self, tokens: VisualTokens) -> Tensor:
         """The inverse of `tokens_from_latents`.
@@ -459,19 +458,17 @@ class KLModel(VistokModel, AutoencoderKL):
         """
         if tokens.features is None:
             raise InvalidInputError("KLModel.decode needs features; these tokens are ids of a codebook (use VQModel)")
-        batch, total, width = tokens.features.shape
-        if width != self.token_dim:
+        _, total, width = tokens.features.shape
+        if width != self.token_size:
             raise InvalidInputError(
-                f"this tokenizer's tokens have {self.token_dim} channels, these have {width}: do they come from a "
+                f"this tokenizer's tokens have {self.token_size} channels, these have {width}: do they come from a "
                 "generator for another tokenizer?"
             )
         root = math.isqrt(total)
         if tokens.grid is None and root * root != total:
             raise InvalidInputError(f"{total} tokens without a grid: give VisualTokens(grid=(rows, cols))")
         rows, cols = tokens.grid or (root, root)
-        side = self.config.patch_size
-        patches = tokens.features.reshape(batch, rows, cols, -1, side, side)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * side, cols * side)
+        return unpatchify(tokens.features, (rows, cols), self.config.patch_size)
 
     # ---- cached moments
 
@@ -591,7 +588,7 @@ class KLModel(VistokModel, AutoencoderKL):
             return "This is a VQGAN (it has a codebook), not a KL auto-encoder."
         if any(key.startswith(("encoder_blocks.", "diffloss.", "class_emb.")) for key in unexpected):
             return "This is a generator (MAR, Hi-MAR or xAR), not an image tokenizer."
-        if any("attentions" in key for key in missing) and any(".attn." in key for key in unexpected):
+        if any("_blocks." in key and ".attentions." in key for key in [*missing, *unexpected]):
             return "Attention lies at other levels: check attn_resolutions and resolution."
         return None
 
@@ -599,7 +596,7 @@ class KLModel(VistokModel, AutoencoderKL):
 def sample_posterior(posterior: DiagonalGaussianDistribution, generator: Generators = None) -> Tensor:
     """mean + std * N(0, 1), [B, C, h, w]; a list of generators holds one an image."""
     mean = posterior.mean
-    return mean + posterior.std * standard_normal(mean.shape, generator, mean.device, mean.dtype)
+    return mean + posterior.std * gaussian_noise(mean.shape, generator, mean.device).to(mean.dtype)
 
 
 def to_uint8(images: Tensor) -> Tensor:

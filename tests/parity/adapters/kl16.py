@@ -75,7 +75,7 @@ def manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
         key: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for key, (shape, dtype) in keys.items()
     }
     with torch.device("meta"):
-        model = KLModel(**KLModel.published["kl16.imagenet"].config)
+        model = KLModel(**KLModel.published["kl16.mar"].config)
     problems = describe_mismatch(model.state_dict(), KLModel.rename_official(KLModel.unwrap_official({"model": state})))
     problems += describe_mismatch(model.to_official(), state)
     assert not problems, "; ".join(problems)

@@ -35,6 +35,7 @@ class Visual:
         grid: rows and columns of tokens in one view.
         pack: values [N, C] of each view -> [tokens, C] in the order of the prompt; newline tokens get the number given.
         single: whether the tokens are exactly those of the views, one after the other (no newline, no resize).
+        capture: the tower call that made it.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Visual:
     grid: tuple[int, int]
     pack: Callable[[list[Tensor], float], Tensor]
     single: bool = True
+    capture: Any = field(default=None, repr=False)
 
     def sources(self) -> Tensor:
         """int64 [tokens]: number of the view's token (view * N + token) of every packed token, -1 for newlines.
@@ -76,8 +78,6 @@ class TowerAttention:
         scale: factor of the dot products.
         class_tokens: leading tokens that are no patches (0 or 1).
         valid: bool [V, P], or None where all patches are real.
-        merge: values [V, patches] or [V, patches, C] -> one tensor [N] or [N, C] for every view.
-        features: output [V, P, D] of the same layer, where somebody asked for it.
     """
 
     query: Tensor
@@ -85,7 +85,6 @@ class TowerAttention:
     scale: float
     class_tokens: int = 0
     valid: Tensor | None = None
-    features: Tensor | None = None
 
     def received(self, queries: Rows = "all", weights: Tensor | None = None) -> Tensor:
         """Mean attention float32 [V, patches] that each patch receives.

@@ -41,7 +41,7 @@ from .llava import attach_to_llava, attach_to_processor, language_model_of, mult
 __all__ = ["TokenPacker"]
 
 INDEX_FILE = "pytorch_model.bin.index.json"
-PARAMETERS = {4096: 36_724_736, 5120: 47_215_616}
+PARAMETERS = {4096: 36_722_688, 5120: 47_210_496}
 # name -> (Hub id, width of the language model, scale factor, most crops of a picture, tokens of a picture)
 CHECKPOINTS: dict[str, tuple[str, int, int, int | None, int]] = {
     "tokenpacker-7b": ("sunshine-lwt/TokenPacker-7b-144token", 4096, 2, None, 144),

@@ -1,0 +1,23 @@
+"""FlexTok: images as 1 to 256 ordered tokens (arXiv 2502.13967). Start reading at `model`."""
+
+from __future__ import annotations
+
+from .blocks import PositionTable, ProjectionHead
+from .decoder import FlowDecoder, RegisterEncoder, Registers
+from .flow import NormalizedGuidance, classifier_free_guidance, noise_levels, prefix_lengths
+from .model import FlexTok, Teacher, TokenBudget
+
+__all__ = [
+    "FlexTok",
+    "FlowDecoder",
+    "NormalizedGuidance",
+    "PositionTable",
+    "ProjectionHead",
+    "RegisterEncoder",
+    "Registers",
+    "Teacher",
+    "TokenBudget",
+    "classifier_free_guidance",
+    "noise_levels",
+    "prefix_lengths",
+]
