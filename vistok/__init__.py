@@ -23,6 +23,7 @@ _EXPORTS = {
     "TokenPacker": "vistok.tokenizers.tokenpacker",
     "LlamaGen": "vistok.generators.llamagen",
     "NAR": "vistok.generators.nar",
+    "XAR": "vistok.generators.xar",
     "MAR": "vistok.generators.mar",
 }
 _ROOMS = (

@@ -58,6 +58,7 @@ SYSTEMS: dict[str, str] = {
     "kl": "vistok.tokenizers.kl:KLModel",
     "llamagen": "vistok.generators.llamagen:LlamaGen",
     "nar": "vistok.generators.nar:NAR",
+    "xar": "vistok.generators.xar:XAR",
     "mar": "vistok.generators.mar:MAR",
     "tokenpacker": "vistok.tokenizers.tokenpacker:TokenPacker",
 }

@@ -21,7 +21,13 @@ def known_after(total: int, index: int, num_steps: int, masked: int) -> int:
 
 
 def reverse_step(
-    process: DiffusionProcess, x: Tensor, index: Tensor, eps: Tensor, logits: Tensor | None, noise: Tensor, temperature: float
+    process: DiffusionProcess,
+    x: Tensor,
+    index: Tensor,
+    eps: Tensor,
+    logits: Tensor | None,
+    noise: Tensor,
+    temperature: float,
 ) -> Tensor:
     """x_{t-1} by way of the clean sample: predict it, take the posterior's mean and the variance, add noise.
 

@@ -110,7 +110,5 @@ def generate(
         scale = guidance_scale
         if guidance_schedule == "linear":
             scale = 1 + (guidance_scale - 1) * (total - remaining) / total
-        tokens[chosen] = sample_head(
-            model.diffloss, z, scale if guided else None, temperature, steps, batch, generator
-        )
+        tokens[chosen] = sample_head(model.diffloss, z, scale if guided else None, temperature, steps, batch, generator)
     return tokens

@@ -3,7 +3,8 @@
 Every hidden state of the tower is kept, four levels are joined, keys and values pass through separate MLPs, the coarse
 map is interpolated as a whole, and each cell is an attention problem of its own with the map of weights computed.
 
-Letters: B crops, g side of the patch grid, N = g^2 patches, s scale factor, M tokens, E attention width, D output width.
+Letters: B crops, g side of the patch grid, N = g^2 patches, s scale factor, M tokens, E attention width, D width of
+the output.
 """
 
 from __future__ import annotations

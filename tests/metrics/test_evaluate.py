@@ -12,7 +12,7 @@ from vistok.data.shapes import CLASS_NAMES, sample_scene
 from vistok.data.shapes.captions import scene_for
 from vistok.errors import InvalidInputError
 from vistok.metrics import ShapesFeatures, evaluate_generator, evaluate_tokenizer
-from vistok.metrics.evaluate import held_out_images, open_photograph, sample_images, sampler_settings
+from vistok.metrics.evaluate import held_out_images, sample_images, sampler_settings
 from vistok.tokenizers import VQModel
 
 
@@ -145,10 +145,3 @@ def test_a_tokenizer_gets_every_figure() -> None:
     assert report["photographs"]["rocket"]["width"] == 64
     assert shown[-2:] == ["photograph rocket", "reconstruction rocket"]
     json.dumps(report, allow_nan=False)
-
-
-def test_shipped_photographs_are_found_and_others_refused() -> None:
-    assert max(open_photograph("coffee", 100).size) == 100
-    assert open_photograph("coffee").mode == "RGB"
-    with pytest.raises(InvalidInputError, match="astronaut"):
-        open_photograph("no such picture")

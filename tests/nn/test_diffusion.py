@@ -24,7 +24,8 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize(
-    ("respacing", "count"), [("", 1000), (1, 1), ("2", 2), (100, 100), ("10,15,20", 45), ("6, 5,4,0", 15), ("ddim25", 25)]
+    ("respacing", "count"),
+    [("", 1000), (1, 1), ("2", 2), (100, 100), ("10,15,20", 45), ("6, 5,4,0", 15), ("ddim25", 25)],
 )
 def test_respacing_takes_what_it_says(respacing: str | int, count: int) -> None:
     steps = respaced_timesteps(respacing)

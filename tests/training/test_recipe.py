@@ -35,7 +35,7 @@ def test_values_become_typed_dataclasses():
     ("changes", "words"),
     [
         ({"batchsize": 3}, ["batchsize", "batch_size"]),
-        ({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate", "known: lr"]),
+        ({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate", "known: name, lr"]),
         ({"optimizer": {"beta": [0.9, 0.9]}}, ["optimizer.beta", "betas"]),
         ({"steps": 0}, ["steps", "at least 1", "got 0"]),
         ({"steps": "many"}, ["steps", "an integer", "many"]),

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vistok.data.photographs import PHOTOGRAPHS, open_photograph
 from vistok.data.shapes import render, sample_scene
 from vistok.data.shards import write_shards
 from vistok.errors import InvalidInputError
 from vistok.tokens import VisualTokens
 from vistok.training.recipe import FolderRecipe, ShapesImagesRecipe, ShapesTokensRecipe, ShardsRecipe
 from vistok.training.sources import (
-    PHOTOGRAPHS,
     Epochs,
     FolderImages,
     ShapesImages,
@@ -25,7 +25,6 @@ from vistok.training.sources import (
     ShardImages,
     StepBatches,
     encode_scenes,
-    load_photographs,
 )
 
 
@@ -75,7 +74,7 @@ def test_annotations_describe_the_same_scenes():
 def test_held_out_photographs_are_not_opened(monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "vistok.training.sources.load_photographs", lambda names: opened.extend(names) or load_photographs(names[:1])
+        "vistok.training.sources.open_photograph", lambda name: opened.append(name) or open_photograph("coffee")
     )
     ShapesImages(shapes(photo_ratio=1.0, held_out_photos=("coffee", "chelsea")), seed=0)
     assert set(opened) == set(PHOTOGRAPHS) - {"coffee", "chelsea"}
@@ -83,8 +82,6 @@ def test_held_out_photographs_are_not_opened(monkeypatch):
         ShapesImages(shapes(held_out_photos=("coffe",)), seed=0)
     with pytest.raises(InvalidInputError, match="no photograph to train on"):
         ShapesImages(shapes(photo_ratio=1.0, held_out_photos=PHOTOGRAPHS), seed=0)
-    with pytest.raises(InvalidInputError, match="unknown photographs lena; known: astronaut"):
-        load_photographs(["lena"])
 
 
 @pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (2, 1), (1, 2), (2, 2)])

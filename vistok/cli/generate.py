@@ -31,7 +31,9 @@ def generate(
     film: Annotated[
         Path | None, typer.Option(help="Also write a film strip: one row a picture, one column a step.")
     ] = None,
-    steps_dir: Annotated[Path | None, typer.Option(help="Also write the grid after every step into this folder.")] = None,
+    steps_dir: Annotated[
+        Path | None, typer.Option(help="Also write the grid after every step into this folder.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; does not change them.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
@@ -65,8 +67,8 @@ def generate(
                 part = generators[first : first + batch_size]
                 strip: list = []
 
-                def on_step(pipeline: object, index: int, total: int, inputs: dict, size=len(part), strip=strip) -> dict:
-                    advance(size, total=total * num_images)
+                def on_step(pipeline: object, index: int, total: int, inputs: dict, strip: list = strip) -> dict:
+                    advance(len(inputs["tokens"]), total=total * num_images)
                     if film is not None or steps_dir is not None:
                         strip.append(pipe.preview(inputs["tokens"]))
                     return inputs

@@ -8,6 +8,7 @@ from typing import Any
 _EXPORTS = {
     "LlamaGen": "llamagen",
     "NAR": "nar",
+    "XAR": "xar",
     "MAR": "mar",
     "GenerationPipeline": "pipeline",
     "TextEncoder": "text",

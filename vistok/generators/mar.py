@@ -328,9 +328,7 @@ class MAR(MaskedGenerator):
                 `text_mask` bool [B, T].
             generator: draws orders, the share of masked tokens, condition dropout, noise levels and noise.
         """
-        tokens = self.batch_tokens(
-            batch, ("latents", "features"), self.grid, self.latent_channels, self.patch_size
-        )
+        tokens = self.batch_tokens(batch, ("latents", "features"), self.grid, self.latent_channels, self.patch_size)
         condition = self.batch_condition(batch)
         order = masked.random_orders(len(tokens), self.num_tokens, generator).to(tokens.device)
         count = math.ceil(self.num_tokens * masked.truncated_normal_rate(self.mask_ratio_min, generator))

@@ -142,8 +142,8 @@ class EntityLayout:
     @property
     def number(self) -> Tensor:
         """int64 [N], entity of each sequence position."""
-        sizes = torch.tensor([stop - start for start, stop in pairwise(self.starts)])
-        return torch.arange(self.num_entities).repeat_interleave(sizes)
+        sizes = torch.tensor([stop - start for start, stop in pairwise(self.starts)], device="cpu")
+        return torch.arange(self.num_entities, device="cpu").repeat_interleave(sizes)
 
     def to_sequence(self, tokens: Tensor) -> Tensor:
         """Raster tokens [B, rows * cols, C] in entity order [B, N, C]; coarse scales are area averages."""
@@ -203,23 +203,24 @@ def entity_layout(
     if min(grid) < 1:
         raise InvalidInputError(f"grid must be (rows, cols), both at least 1; got {grid}")
     if entity == "scale":
-        return _scale_layout(grid, _default_scales(rows) if scales is None else scales)
+        with torch.inference_mode(False):
+            return _scale_layout(grid, _default_scales(rows) if scales is None else scales)
     if entity in ("cell", "subsample") and (entity_size < 1 or rows % entity_size or cols % entity_size):
         divisors = [side for side in range(1, min(grid) + 1) if rows % side == cols % side == 0]
         raise InvalidInputError(
             f"{entity} entities of size {entity_size} do not divide a {rows}x{cols} grid; possible sizes: {divisors}"
         )
-    # Cells of c x c tokens in a raster of cells; a subsample has as many tokens apart as a cell has together.
-    raster = torch.arange(rows * cols).view(rows, cols)
     side = {"token": 1, "image": 1, "cell": entity_size, "subsample": entity_size}[entity]
-    blocks = raster.view(rows // side, side, cols // side, side)
-    if entity == "image":
-        places, count = raster.flatten(), rows * cols
-    elif entity == "subsample":
-        places, count = blocks.permute(1, 3, 0, 2).flatten(), rows * cols // side**2
-    else:
-        places, count = blocks.permute(0, 2, 1, 3).flatten(), side**2
-    coordinates = torch.stack([places // cols, places % cols], dim=1).double()
+    with torch.inference_mode(False):  # what is made while sampling must serve training, too
+        blocks = torch.arange(rows * cols, device="cpu").view(rows // side, side, cols // side, side)
+        # A cell holds neighbours, a subsample the tokens at the same place of every cell.
+        cells, count = blocks.permute(0, 2, 1, 3), side**2
+        if entity == "subsample":
+            cells, count = blocks.permute(1, 3, 0, 2), rows * cols // side**2
+        elif entity == "image":
+            count = rows * cols
+        places = cells.flatten()
+        coordinates = torch.stack([places // cols, places % cols], dim=1).double()
     return EntityLayout(grid, tuple(range(0, rows * cols + 1, count)), places, coordinates, None)
 
 
@@ -236,10 +237,10 @@ def _scale_layout(grid: tuple[int, int], scales: Sequence[int]) -> EntityLayout:
     sizes = tuple((scale, scale * cols // rows) for scale in scales)
     starts, places, coordinates = [0], [], []
     for high, wide in sizes:
-        place = torch.arange(high * wide)
+        place = torch.arange(high * wide, device="cpu")
         centre = torch.stack([place // wide, place % wide], dim=1).double() + 0.5
         # Where the centre of a coarse token lies on the fine grid.
-        coordinates.append(centre * torch.tensor([rows / high, cols / wide], dtype=torch.float64) - 0.5)
+        coordinates.append(centre * centre.new_tensor([rows / high, cols / wide]) - 0.5)
         places.append(place)
         starts.append(starts[-1] + high * wide)
     return EntityLayout(grid, tuple(starts), torch.cat(places), torch.cat(coordinates), sizes)
@@ -901,7 +902,8 @@ class XAR(VistokModel):
         )
         sequence = layout.to_sequence(features)
         damaged = torch.zeros((), dtype=torch.bool, device=device)
-        decided, index, total = known.clone(), 0, sum(len(schedules[entity]) for entity in unknown)
+        places, decided = layout.places.to(device), known.to(device)
+        index, total = 0, sum(len(schedules[entity]) for entity in unknown)
         for entity in range(unknown[-1] + 1):
             start, stop = spans[entity]
             x = sequence[:, start:stop]
@@ -924,22 +926,20 @@ class XAR(VistokModel):
                             )
                         if layout.scales is None or entity + 1 == len(spans):
                             changed = layout.places[start:stop].clone()
-                            decided = decided.index_fill(0, changed, True)
-                    shown = x if last else state.clean.float()
-                    features = self._shown(features, shown, entity)
-                    mask = decided.to(device).expand(batch, -1)
-                    yield Step(index, total, VisualTokens(features=features, grid=self.grid, mask=mask), changed)
+                            decided = decided.index_fill(0, places[start:stop], True)
+                    features = self._shown(features, x if last else state.clean.float(), entity, places[start:stop])
+                    tokens = VisualTokens(features=features, grid=self.grid, mask=decided.expand(batch, -1))
+                    yield Step(index, total, tokens, changed)
                     index += 1
             if entity < unknown[-1]:
                 run.remember(x, entity)
 
-    def _shown(self, features: Tensor, values: Tensor, entity: int) -> Tensor:
-        """Raster tokens [B, rows * cols, C] with those of an entity [B, T, C] in their places."""
-        layout = self.layout
-        start, stop = layout.starts[entity : entity + 2]
-        if layout.scales is None:
-            return features.index_copy(1, layout.places[start:stop].to(features.device), values)
-        image = values.transpose(1, 2).unflatten(2, layout.scales[entity])
+    def _shown(self, features: Tensor, values: Tensor, entity: int, places: Tensor) -> Tensor:
+        """Raster tokens [B, rows * cols, C] with those of an entity [B, T, C] in their places [T]."""
+        scales = self.layout.scales
+        if scales is None:
+            return features.index_copy(1, places, values)
+        image = values.transpose(1, 2).unflatten(2, scales[entity])
         return functional.interpolate(image, size=self.grid).flatten(2).transpose(1, 2)
 
     def generate(self, condition: Tensor | None = None, **settings: Any) -> VisualTokens:
@@ -1092,18 +1092,18 @@ class EntityRun:
                 _, key, value = block.attn.project(normalise(x, six[2], six[4])[:, 0], rotation)
                 self._store(number, key, value, start, stop)
                 return x
-            x = block(x, six, rotation, self._attention(number, start, stop))
+            x = block(x, six, rotation, self._attention(number, start, stop, remember))
         return x
 
     def _store(self, number: int, key: Tensor, value: Tensor, start: int, stop: int) -> None:
         self.keys[number][: len(key), :, start:stop] = key
         self.values[number][: len(value), :, start:stop] = value
 
-    def _attention(self, number: int, start: int, stop: int) -> Attend:
+    def _attention(self, number: int, start: int, stop: int, remember: bool) -> Attend:
         """To all remembered entities before `start` and to the entity itself: always a prefix, so never masked."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if self.keys:
+            if self.keys and (start or remember):
                 self._store(number, key, value, start, stop)
                 rows = len(key)
                 key, value = self.keys[number][:rows, :, :stop], self.values[number][:rows, :, :stop]

@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from vistok.data.photographs import open_photograph
 from vistok.data.shapes import CLASS_NAMES, Scene, image_to_tensor, render, sample_scene
 from vistok.data.shapes.captions import describe
 from vistok.data.shapes.dataset import caption_generator
 from vistok.data.shapes.oracle import Reading, read_scenes
-from vistok.errors import InvalidInputError, require
-from vistok.files import open_image
+from vistok.errors import InvalidInputError
 
 from .accuracy import caption_accuracy, class_accuracy, oracle_agreement
 from .frechet import LAB_EXTRACTOR, FrechetDistance
@@ -43,8 +42,6 @@ __all__ = [
     "evaluate_tokenizer",
     "held_out_images",
     "image_generators",
-    "open_photograph",
-    "photographs",
     "reference_images",
     "relation_captions",
     "sample_images",
@@ -64,36 +61,6 @@ Pictures = Callable[[str, Tensor], None]  # what they are, images [B, 3, H, W] i
 def held_out_images(scenes: Sequence[Scene], image_size: int) -> Tensor:
     """Rendered scenes [B, 3, H, W] in [-1, 1]."""
     return torch.stack([image_to_tensor(render(scene, image_size)) for scene in scenes])
-
-
-def photographs() -> list[str]:
-    """Names of the pictures in scikit-image's wheel, which `open_photograph` takes.
-
-    Raises:
-        MissingExtraError: without scikit-image (extra `eval`).
-    """
-    folder = Path(str(require("skimage.data", "eval").__file__)).parent
-    return sorted(file.stem for file in folder.iterdir() if file.suffix in (".png", ".jpg"))
-
-
-def open_photograph(name: str, longest_side: int | None = None) -> Image.Image:
-    """A picture that scikit-image ships, or a file.
-
-    Args:
-        name: such as `"coffee"`, or a path.
-        longest_side: scale larger pictures down to this; None keeps them.
-
-    Raises:
-        InvalidInputError: neither a shipped picture (it lists them) nor a readable file.
-    """
-    folder = Path(str(require("skimage.data", "eval").__file__)).parent
-    shipped = [file for file in (folder / f"{name}.png", folder / f"{name}.jpg") if file.is_file()]
-    if not shipped and not Path(name).is_file():
-        raise InvalidInputError(f"no photograph {name!r}: give a file, or one of {', '.join(photographs())}")
-    picture = open_image(shipped[0] if shipped else name)
-    if longest_side is not None and max(picture.size) > longest_side:
-        picture.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
-    return picture
 
 
 def class_requests(count: int) -> list[int]:

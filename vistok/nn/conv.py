@@ -55,9 +55,7 @@ class ResnetBlock(nn.Module):
         groups: groups of the normalisation.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, dropout: float = 0.0, groups: int = NORM_GROUPS
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, groups: int = NORM_GROUPS) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)

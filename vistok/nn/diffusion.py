@@ -63,8 +63,10 @@ def uniform_timesteps(
 
 # --------------------------------------------------------------------------------------------------------------- tables
 def cosine_betas(steps: int = TRAINING_STEPS) -> Tensor:
-    """float64 [T]: 1 - level((i + 1) / T) / level(i / T), at most 0.999, with level(u) = cos^2((u + s) / (1 + s) pi / 2)
-    and s = 0.008 (arXiv 2102.09672, equation 17)."""
+    """float64 [T]: 1 - level((i + 1) / T) / level(i / T), at most 0.999 (arXiv 2102.09672, equation 17).
+
+    level(u) = cos^2((u + s) / (1 + s) pi / 2) with s = 0.008.
+    """
 
     def level(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -153,9 +155,14 @@ class DiffusionProcess:
 
     Steps are given by their index 0..S-1 in this process; `timesteps[index]` is what the network is told.
 
-    Args:
-        betas: float64 [T] of the training process.
-        timesteps: ascending steps to keep.
+    Attributes:
+        betas: float64 [S], and so are the other tables.
+        timesteps: ascending, which steps of the training process these are.
+        alphas_cumprod, alphas_cumprod_prev: share of the signal's variance at a step and at the one before.
+        posterior_variance, posterior_log_variance: of x_{t-1} given x_t and x_0; the logarithm of the first is replaced
+            by that of the second.
+        posterior_mean_x0, posterior_mean_xt: weights of x_0 and x_t in its mean.
+        fixed_large_variance: betas, but for the first.
     """
 
     betas: Tensor

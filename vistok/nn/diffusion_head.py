@@ -153,9 +153,7 @@ class DiffusionHead(nn.Module):
         nn.init.zeros_(self.net.final_layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.net.final_layer.linear.weight)
 
-    def loss_terms(
-        self, target: Tensor, condition: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def loss_terms(self, target: Tensor, condition: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(error of the noise, variational bound), float32 [N] each, at given timesteps [N] and noise [N, C]."""
         process = cosine_process()
         noisy = process.add_noise(target, timesteps, noise)

@@ -312,7 +312,9 @@ class MaskedGenerator(VistokModel):
             return None
         return sampling.uniform((batch,), generator, self.device) < self.condition_dropout
 
-    def distinct_context(self, condition: Tensor | TextCondition | None, batch: int, guided: bool) -> tuple[Tensor, Tensor]:
+    def distinct_context(
+        self, condition: Tensor | TextCondition | None, batch: int, guided: bool
+    ) -> tuple[Tensor, Tensor]:
         """Distinct condition rows [U, T, E] and int64 [R], which of them each row is; unconditional rows come last."""
         if condition is None:
             return self.context(None), torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -379,8 +381,7 @@ class MaskedGenerator(VistokModel):
     def batch_tokens(
         self, batch: Mapping[str, Any], names: tuple[str, str], grid: tuple[int, int], channels: int, patch_size: int
     ) -> Tensor:
-        """Training tokens float32 [B, N, C p p]: latents [B, C, H, W] or tokens themselves, under the first or the second
-        of two names.
+        """Training tokens float32 [B, N, C p p]: from latents [B, C, H, W] or given as such, under the first or second name.
 
         Raises:
             InvalidInputError: missing, misshapen, or with NaN or infinity.

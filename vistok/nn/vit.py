@@ -41,7 +41,9 @@ class SelfAttention(nn.Module):
         """Queries [B, Q, D], keys and values [B, L, D] to the projected outputs [B, Q, D]."""
         heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
         attended = functional.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0)
-        return functional.dropout(self.proj(attended.transpose(1, 2).flatten(2)), self.projection_dropout, self.training)
+        return functional.dropout(
+            self.proj(attended.transpose(1, 2).flatten(2)), self.projection_dropout, self.training
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""

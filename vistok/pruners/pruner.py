@@ -656,7 +656,7 @@ class Engine:
                     span.sample,
                     span.visual.kind,
                     span.visual.tokens,
-                    span.tokens.index_select(0, selection.kept),
+                    self.identity(span, selection),
                     span.tokens,
                     scores[number] if scores else None,
                     {name: values[number] for name, values in context.terms.items()},
@@ -664,6 +664,11 @@ class Engine:
                 )
             )
         flow.stages.append(StageReport(stage.name, stage.place, stage.layer, visuals))
+
+    @staticmethod
+    def identity(span: Span, selection: Selection) -> Tensor:
+        """Which first tokens the kept ones stand for."""
+        return span.tokens.index_select(0, selection.kept) if selection.tokens is None else selection.tokens
 
     def apply(
         self, flow: Flow, stage: Stage, selections: list[Selection], context: Context, hidden: Tensor
@@ -692,7 +697,7 @@ class Engine:
             Span(
                 span.sample,
                 span.visual,
-                span.tokens.index_select(0, selection.kept),
+                self.identity(span, selection),
                 ranks[span.sample].index_select(0, span.index.index_select(0, selection.kept))
                 + (longest - lengths[span.sample]),
             )
@@ -761,7 +766,7 @@ class Engine:
         context = self.context(flow, hidden, stage, stage.layer)
         selections = self.choose(flow, stage, context)
         flow.inputs = {}
-        if all(len(one.kept) == len(span) for one, span in zip(selections, flow.spans)):
+        if all(len(one.kept) == len(span) and one.values is None for one, span in zip(selections, flow.spans)):
             self.note_stage(flow, stage, selections, context)
             flow.record.levels[number].pruned = flow.record.levels[number - 1].pruned
         else:

@@ -76,11 +76,13 @@ class Selection:
 
     Attributes:
         kept: int64 [K], ascending positions inside the span.
-        values: [K, D] that replace the embeddings of these tokens, or None. Only before the language model.
+        values: [K, D] that replace the states of these tokens, or None.
+        tokens: int64 [K], which of the visual's first tokens the values stand for, where that is not `kept`.
     """
 
     kept: Tensor
     values: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass
@@ -154,7 +156,7 @@ class Stage:
             (negative counts from the end; None: the layer that makes the features the model uses).
         scorer: gives each visual token a score, or None where the selector needs none.
         selector: scores of all spans -> kept positions of each, ascending.
-        merger: folds dropped tokens into kept ones; None drops them. Only before the language model.
+        merger: folds dropped tokens into kept ones; None drops them.
         positions: `"renumber"` closes the gaps in the rotary positions, `"keep"` leaves them, `"auto"` renumbers
             unless the model has several rotary axes.
         name: what the report calls it.
@@ -170,9 +172,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.place not in ("tower", "embeddings", "decoder"):
-            raise InvalidInputError(
-                f"a stage's place is 'tower', 'embeddings' or 'decoder', got {self.place!r}"
-            )
+            raise InvalidInputError(f"a stage's place is 'tower', 'embeddings' or 'decoder', got {self.place!r}")
         if self.positions not in ("auto", "renumber", "keep"):
             raise InvalidInputError(f"positions are 'auto', 'renumber' or 'keep', got {self.positions!r}")
         if self.place == "decoder":
@@ -181,8 +181,6 @@ class Stage:
                     f"a decoder stage acts before a layer from 1 on, got {self.layer}; to prune before layer 0 use the "
                     "place 'embeddings'"
                 )
-            if self.merger is not None:
-                raise InvalidInputError("a merger works before the language model only; put it in an earlier stage")
 
     def select(self, context: Context) -> tuple[list[Selection], list[Tensor]]:
         """Selections and scores, span by span."""

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.data.photographs import open_photograph
 from vistok.metrics.accuracy import caption_accuracy, class_accuracy
 from vistok.metrics.reconstruction import psnr
 from vistok.nn.model import VistokModel
 from vistok.nn.text import TextCondition
 
 from .recipe import Recipe, ShapesImagesRecipe, ShapesTokensRecipe
-from .sources import HELD_OUT_STREAM, Source, image_batch, load_photographs
+from .sources import HELD_OUT_STREAM, Source, image_batch
 
 __all__ = ["GeneratorMonitor", "Monitor", "TokenizerMonitor", "picture_grid"]
 
@@ -83,8 +84,8 @@ class TokenizerMonitor:
             scenes = [sample_scene(stream, number, data.objects) for number in range(HELD_OUT_SCENES)]
             self.images = image_batch([render(scene, data.image_size) for scene in scenes])
             multiple = int(getattr(model, "downsample_factor", 16))
-            for name, image in load_photographs(data.held_out_photos).items():
-                self.photographs[name] = image_batch([np.asarray(centre_crop(image, multiple))])
+            for name in data.held_out_photos:
+                self.photographs[name] = image_batch([np.asarray(centre_crop(open_photograph(name), multiple))])
         else:
             found = source.batch(np.arange(EVALUATION_BATCH, dtype=np.int64))["images"]
             self.images = found.float() / 127.5 - 1

@@ -1,7 +1,7 @@
 """The trainer's optimisers: AdamW, and Muon for hidden matrices beside AdamW for everything else.
 
-Source of Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the step size that suits
-AdamW's learning rates is from Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, equation 4).
+Source of Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the step size that
+suits AdamW's learning rates is from Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982, equation 4).
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def build_optimizer(model: nn.Module, settings: OptimizerRecipe, device: torch.d
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
 
     if settings.name == "adamw":
-        return adamw(decay_groups([value for value in model.parameters() if value.requires_grad], settings.weight_decay))
+        return adamw(
+            decay_groups([value for value in model.parameters() if value.requires_grad], settings.weight_decay)
+        )
     matrices = hidden_matrices(model)
     known = {id(value) for value in matrices}
     rest = [value for value in model.parameters() if value.requires_grad and id(value) not in known]

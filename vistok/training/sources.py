@@ -23,42 +23,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from vistok.errors import InvalidInputError, require
+from vistok.data.photographs import PHOTOGRAPHS, open_photograph
+from vistok.errors import InvalidInputError
 from vistok.files import atomic_path, open_image
 
 from .recipe import FolderRecipe, Recipe, ShapesImagesRecipe, ShapesTokensRecipe, ShardsRecipe
 
 __all__ = [
-    "PHOTOGRAPHS",
     "FolderImages",
     "ShapesImages",
     "ShapesTokens",
     "ShardImages",
     "Source",
     "StepBatches",
-    "load_photographs",
     "open_source",
 ]
 
-# Pictures in scikit-image's wheel that show something real. The rest are drawings, text, masks or near-duplicates
-# (motorcycle_right is the other eye of motorcycle_left).
-PHOTOGRAPHS = (
-    "astronaut",
-    "brick",
-    "camera",
-    "cell",
-    "chelsea",
-    "coffee",
-    "coins",
-    "grass",
-    "gravel",
-    "hubble_deep_field",
-    "ihc",
-    "moon",
-    "motorcycle_left",
-    "retina",
-    "rocket",
-)
 IMAGE_KEYS = ("png", "jpg", "jpeg", "webp")
 # Streams of lab scenes that training never draws from.
 HELD_OUT_STREAM = 2**40
@@ -124,24 +104,6 @@ class Epochs:
         return chosen
 
 
-def load_photographs(names: Sequence[str]) -> dict[str, Image.Image]:
-    """Photographs that ship with scikit-image, by name.
-
-    Raises:
-        InvalidInputError: a name is none of `PHOTOGRAPHS`.
-        MissingExtraError: scikit-image is not installed (extra `train`).
-    """
-    unknown = sorted(set(names) - set(PHOTOGRAPHS))
-    if unknown:
-        raise InvalidInputError(f"unknown photographs {', '.join(unknown)}; known: {', '.join(PHOTOGRAPHS)}")
-    folder = Path(str(require("skimage.data", "train").__file__)).parent
-    found = {}
-    for name in names:
-        files = [folder / f"{name}{suffix}" for suffix in (".png", ".jpg")]
-        found[name] = open_image(next((file for file in files if file.is_file()), files[0]))
-    return found
-
-
 class PhotoCrops:
     """Random crops of photographs: log-uniform scale, mirrored or turned, with changed colours."""
 
@@ -195,7 +157,7 @@ class ShapesImages:
             names = [name for name in PHOTOGRAPHS if name not in recipe.held_out_photos]
             if not names:
                 raise InvalidInputError("data.held_out_photos leaves no photograph to train on")
-            self.crops = PhotoCrops(list(load_photographs(names).values()), recipe.image_size)
+            self.crops = PhotoCrops([open_photograph(name) for name in names], recipe.image_size)
         if recipe.scenes:
             self.pool = np.stack([self.render(number) for number in range(recipe.scenes)])
             self.order = Epochs(recipe.scenes, seed)

@@ -141,14 +141,13 @@ def sample(g: Any) -> dict[str, Tensor]:
     out["nocfg.sample"] = run(modified, guidance["nocfg"])
     # SDXL's default is zeros, Stable Diffusion's the empty prompt; both are the pipeline's own.
     default = without_negative(modified)
-    if family == "sd":
-        default["negative_prompt_embeds"] = encode_prompts(describe_pipeline(pipe), [""])[0].assemble()[0]
-        if not part(g.weights, "text_encoder"):
-            default["negative_prompt_embeds"] = default_negative(g, default)
-    else:
+    if family == "sdxl":
         default["negative_prompt_embeds"] = torch.zeros_like(modified["prompt_embeds"])
         default["negative_pooled_prompt_embeds"] = torch.zeros_like(modified["pooled_prompt_embeds"])
-    out["cfg_default_negative.sample"] = run(default, guidance["cfg_default_negative"])
+        out["cfg_default_negative.sample"] = run(default, guidance["cfg_default_negative"])
+    elif part(g.weights, "text_encoder"):
+        out["cfg_default_negative.sample"] = run(default, guidance["cfg_default_negative"])
+    # Without a recorded text encoder the empty prompt cannot be encoded: the harness then says "not computed".
     for delay in g.call["delay_relative"]:
         switch = SwitchPrompts([(delay, modified["prompt_embeds"], modified.get("pooled_prompt_embeds"))], family)
         seen: list[Tensor] = []
@@ -166,10 +165,6 @@ def sample(g: Any) -> dict[str, Tensor]:
     return out
 
 
-def default_negative(g: Any, embeds: dict[str, Tensor]) -> Tensor:
-    raise AssertionError("the file records no text encoder, so the empty prompt cannot be encoded")
-
-
 def predict(g: Any) -> dict[str, Tensor]:
     pipe = unet_pipeline(g.config, g.weights, g.path.parent)
     denoiser = Denoiser(pipe, g.call["num_inference_steps"], size=1024)
@@ -184,17 +179,13 @@ def predict(g: Any) -> dict[str, Tensor]:
 
 
 def naive_delta(g: Any) -> dict[str, Tensor]:
-    pipe = unet_pipeline(g.config | {"unet": TINY_UNET} if "unet" not in g.config else g.config, g.weights,
-                         g.path.parent)
+    pipe = unet_pipeline(g.config, g.weights, g.path.parent)
     prompts = ContrastivePrompts.from_entries(g.config["prompts"], g.config["prefixes"])
     text = describe_pipeline(pipe)
     if "prefix_pattern" in g.call:
         assert expand_combinations(g.call["prefix_pattern"]) == g.config["prefixes"]
     delta = contrast_delta(text, prompts)
     return delta.state_dict()
-
-
-TINY_UNET: dict[str, Any] = {}
 
 
 def learn(g: Any) -> dict[str, Tensor]:

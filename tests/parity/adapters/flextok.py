@@ -189,7 +189,7 @@ def decoder_step(g: Any) -> dict[str, Tensor]:
         "full": ([total] * count, [False] * count),
         "keep": (g.call.get("keep_k", [total] * count), [False] * count),
         "uncond": ([total] * count, [True] * count),
-        "mixed": ([total] * count, g.call.get("drop", [False] * count)),
+        "mixed": (g.call.get("keep_k", [total] * count), g.call.get("drop", [False] * count)),
     }
     outputs = {}
     for name, (lengths, dropped) in runs.items():
@@ -527,7 +527,7 @@ def manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
     problems = describe_mismatch(model.state_dict(), FlexTok.rename_official(state))
     problems += describe_mismatch(model.to_official(), state)
     assert not problems, "; ".join(problems)
-    assert sum(value.numel() for value in state.values()) == entry.parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == entry.parameters
 
 
 def vae_manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:

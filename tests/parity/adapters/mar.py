@@ -79,7 +79,9 @@ def tables(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for key in outputs:
         respacing, _, table = key.rpartition(".")
-        process = cosine_process("" if respacing == "full" else respacing) if table in [*TABLES, "timestep_map"] else None
+        process = (
+            cosine_process("" if respacing == "full" else respacing) if table in [*TABLES, "timestep_map"] else None
+        )
         if process is not None:
             found[key] = torch.tensor(process.timesteps) if table == "timestep_map" else TABLES[table](process)
     return found
@@ -97,9 +99,7 @@ def single_steps(process: DiffusionProcess, g: Any, eps: Tensor, logits: Tensor 
         "p_mean_variance_clip.mean": process.reverse_moments(x, t, eps, logits, clip=True).mean,
     }
     for temperature in g.call["temperatures"]:
-        found[f"p_sample.T{temperature}"] = process.ancestral_sample(
-            x, t, eps, noise, logits, temperature=temperature
-        )
+        found[f"p_sample.T{temperature}"] = process.ancestral_sample(x, t, eps, noise, logits, temperature=temperature)
     return found
 
 

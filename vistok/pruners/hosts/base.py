@@ -19,9 +19,23 @@ from torch import Tensor, nn
 from vistok.errors import InvalidInputError
 from vistok.kernels.attention_rows import attention_received
 
-__all__ = ["Host", "TowerAttention", "Visual", "rotate"]
+__all__ = ["Block", "Host", "TowerAttention", "Visual", "rotate"]
 
 Rows = Literal["all", "patch", "cls"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of tokens in raster order: rows x columns from `start` on, the last column newlines if `newline`."""
+
+    start: int
+    rows: int
+    columns: int
+    newline: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
 
 
 @dataclass
@@ -36,6 +50,7 @@ class Visual:
         pack: values [N, C] of each view -> [tokens, C] in the order of the prompt; newline tokens get the number given.
         single: whether the tokens are exactly those of the views, one after the other (no newline, no resize).
         capture: the tower call that made it.
+        packed_grid: rows and columns of a view in the prompt, where the packing resizes views.
     """
 
     kind: str
@@ -45,6 +60,24 @@ class Visual:
     pack: Callable[[list[Tensor], float], Tensor]
     single: bool = True
     capture: Any = field(default=None, repr=False)
+    packed_grid: tuple[int, int] | None = None
+
+    def blocks(self) -> list[Block]:
+        """The rectangles that the tokens form, in the order of the prompt: views, then joined tiles with newlines."""
+        rows, columns = self.packed_grid or self.grid
+        size = rows * columns
+        if self.single or self.packed_grid is not None:
+            blocks = [Block(view * size, rows, columns) for view in range(len(self.views))] or [Block(0, rows, columns)]
+            rest = self.tokens - size * len(blocks)
+            return [*blocks, Block(self.tokens - rest, rest, 1, newline=True)] if rest else blocks
+        base = Block(0, rows, columns)
+        ends = self.newlines().nonzero()[:, 0]
+        if self.tokens == size:
+            return [base]
+        if not len(ends):
+            return [base, Block(size, 1, self.tokens - size)]
+        width = int(ends[0]) - size + 1
+        return [base, Block(size, (self.tokens - size) // width, width, newline=True)]
 
     def sources(self) -> Tensor:
         """int64 [tokens]: number of the view's token (view * N + token) of every packed token, -1 for newlines.

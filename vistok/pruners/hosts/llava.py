@@ -129,6 +129,7 @@ class LlavaOnevision(LlavaNext):
                 (self.side, self.side),
                 pack,
                 single=False,
+                packed_grid=(-(-self.side // 2), -(-self.side // 2)),
             )
             for number in range(videos)
         ]

@@ -43,7 +43,7 @@ def noise_levels(draws: Tensor, schedule: str = "mode", mode_scale: float = 0.25
         schedule: `"mode"` is the mode sampling of Stable Diffusion 3 (arXiv 2403.03206), 1 - u - m (cos^2(pi u / 2) - 1
             + u); `"logit_normal"` the sigmoid of a normal draw; `"stratified"` the same with one draw in each B-th of
             its distribution.
-        mode_scale: m of `"mode"`; 0 is uniform.
+        mode_scale: m of `"mode"`; 0 takes the draws as they are.
     """
     if schedule == "logit_normal":
         return torch.sigmoid(draws)
@@ -53,6 +53,8 @@ def noise_levels(draws: Tensor, schedule: str = "mode", mode_scale: float = 0.25
         return torch.sigmoid(torch.special.ndtri(quantile))
     if schedule != "mode":
         raise InvalidInputError(f"noise_schedule must be one of {', '.join(NOISE_SCHEDULES)}; got {schedule!r}")
+    if mode_scale == 0:
+        return draws
     return 1 - draws - mode_scale * (torch.cos(math.pi / 2 * draws).square() - 1 + draws)
 
 

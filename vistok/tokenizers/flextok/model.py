@@ -33,7 +33,8 @@ from torch.nn import functional
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
 from vistok.files import open_image
 from vistok.kernels.finite_scalar import finite_scalar, finite_scalar_codes, finite_scalar_quantize
-from vistok.nn.flow import interpolate, standard_normal, velocity_target
+from vistok.nn.diffusion import gaussian_noise
+from vistok.nn.flow import interpolate, velocity_target
 from vistok.nn.model import VistokModel
 from vistok.nn.sampling import Generators, uniform
 from vistok.registry import Published
@@ -144,10 +145,10 @@ class FlexTok(VistokModel):
     published: ClassVar[dict[str, Published]] = {
         entry.name: entry
         for entry in (
-            _published("flextok-d12-d12.imagenet", "flextok_d12_d12_in1k", (12, 768), (12, 768), 341_652_633),
-            _published("flextok-d18-d18.imagenet", "flextok_d18_d18_in1k", (18, 1152), (18, 1152), 949_733_529),
-            _published("flextok-d18-d28.imagenet", "flextok_d18_d28_in1k", (18, 1152), (28, 1792), 2_540_880_537),
-            _published("flextok-d18-d28.dfn", "flextok_d18_d28_dfn", (18, 1152), (28, 1792), 2_540_880_537),
+            _published("flextok-d12-d12.imagenet", "flextok_d12_d12_in1k", (12, 768), (12, 768), 341_258_521),
+            _published("flextok-d18-d18.imagenet", "flextok_d18_d18_in1k", (18, 1152), (18, 1152), 949_144_729),
+            _published("flextok-d18-d28.imagenet", "flextok_d18_d28_in1k", (18, 1152), (28, 1792), 2_540_129_177),
+            _published("flextok-d18-d28.dfn", "flextok_d18_d28_dfn", (18, 1152), (28, 1792), 2_540_129_177),
         )
     }
     _supports_gradient_checkpointing = True
@@ -346,7 +347,7 @@ class FlexTok(VistokModel):
             latents = posterior.mean
             if sample_posterior:
                 if noise is None:
-                    noise = standard_normal(latents.shape, generator, latents.device)
+                    noise = gaussian_noise(latents.shape, generator, latents.device)
                 latents = latents + posterior.std * noise.to(latents)
         return latents.float() * self.config.scaling_factor
 
@@ -386,9 +387,9 @@ class FlexTok(VistokModel):
         else:
             raise InvalidInputError(f"FlexTok trains on 'images' or 'latents'; got {', '.join(sorted(batch)) or 'none'}")
         count, device = len(latents), latents.device
-        noise = standard_normal(latents.shape, generator, device)
+        noise = gaussian_noise(latents.shape, generator, device)
         schedule = self.config.noise_schedule
-        draw = standard_normal if schedule == "logit_normal" else uniform
+        draw = gaussian_noise if schedule == "logit_normal" else uniform
         t = noise_levels(draw((count,), generator, device), schedule, self.config.mode_scale)
         lengths = prefix_lengths(count, self.num_registers, self.config.nested_dropout, generator)
         dropped = (uniform((count,), generator, "cpu") < self.config.condition_dropout).tolist()
@@ -647,7 +648,7 @@ class FlexTok(VistokModel):
         sources = list(generator) if isinstance(generator, Sequence) else [generator] * batch
         if len(sources) != batch:
             raise InvalidInputError(f"{len(sources)} generators for {batch} images; give one, or one an image")
-        return torch.cat([standard_normal(shape, source, self.device) for source in sources])
+        return torch.cat([gaussian_noise(shape, source, self.device) for source in sources])
 
     def denoise(
         self,

@@ -1,4 +1,4 @@
-"""TokenPacker inside LLaVA: attaching to a stock model, splicing pictures into prompts, whole checkpoints of the authors.
+"""TokenPacker inside LLaVA: attaching to a stock model, pictures in prompts, whole checkpoints of the authors.
 
 A sliced picture is written row by row, crop, separator, crop, ..., row end; then, if there is more than one crop, the
 overview and a row end. Separator and row end are ordinary words, so a stock LLaVA takes sliced pictures as they are:
@@ -47,13 +47,13 @@ PLACEHOLDER = -200  # where a picture goes, in the authors' prompts
 IGNORED = -100
 SEPARATOR, ROW_END = -1, -2
 SEPARATOR_ID = 29892  # "," in Llama's vocabulary
-# The authors look up a newline piece, which Llama's vocabulary does not have, and get <unk>. Released weights know that.
+# The authors look up a newline piece, which Llama's vocabulary lacks, and get <unk>. Released weights know that.
 ROW_END_ID = 0
 # A byte that no text holds (Llama writes <0x00> for it) marks pictures without a new row in the vocabulary.
 IMAGE_TOKEN_ID = 3
 
 
-# ----------------------------------------------------------------------------------------------------------- a stock LLaVA
+# -------------------------------------------------------------------------------------------------------- a stock LLaVA
 def parts_of_llava(model: nn.Module) -> tuple[Any, nn.Module]:
     """(the part that holds tower, projector and language model; the encoder of the tower).
 
@@ -69,8 +69,8 @@ def parts_of_llava(model: nn.Module) -> tuple[Any, nn.Module]:
     kind = getattr(getattr(core, "config", None), "model_type", "unknown")
     if lacking or kind != "llava":
         raise InvalidInputError(
-            f"TokenPacker attaches to transformers' LlavaForConditionalGeneration or LlavaModel; {type(model).__name__} "
-            f"is of type {kind!r}" + (f" and lacks {', '.join(lacking)}" if lacking else "")
+            f"TokenPacker attaches to LlavaForConditionalGeneration or LlavaModel of transformers; "
+            f"{type(model).__name__} is of type {kind!r}" + (f" and lacks {', '.join(lacking)}" if lacking else "")
         )
     tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
     if not isinstance(getattr(getattr(tower, "encoder", None), "layers", None), nn.ModuleList):
@@ -142,8 +142,8 @@ def attach_to_llava(packer: TokenPacker, model: nn.Module, handle: Handle) -> No
     places = {parameter.device for parameter in (*before.parameters(), *packer.parameters())}
     if len(places) != 1 or next(iter(places)).type == "meta":
         raise InvalidInputError(
-            f"the projector and the model's own lie on {', '.join(sorted(map(str, places)))}; move the TokenPacker with "
-            ".to(device), and attach before offloading"
+            f"the projector and the model's own lie on {', '.join(sorted(map(str, places)))}; move the TokenPacker "
+            "with .to(device), and attach before offloading"
         )
     number = packer.num_tokens((side, side))
     handle.undo_with(setattr, core, "multi_modal_projector", before)
@@ -163,13 +163,14 @@ def attach_to_processor(packer: TokenPacker, processor: Any, handle: Handle) -> 
     patch = getattr(processor, "patch_size", None)
     if patch is None or not hasattr(processor, "image_token"):
         raise InvalidInputError(
-            f"a TokenPacker attaches to a LLaVA or to its processor (with patch_size set); got {type(processor).__name__}"
+            f"a TokenPacker attaches to a LLaVA or to its processor (with patch_size set); "
+            f"got {type(processor).__name__}"
         )
     # The processor counts picture side // patch_size, which this makes the side of the token grid.
     handle.replace(processor, "patch_size", patch * packer.scale_factor)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures in prompts
+# -------------------------------------------------------------------------------------------------- pictures in prompts
 @lru_cache(maxsize=256)
 def picture_layout(tokens_per_crop: int, grid: tuple[int, int] | None = None) -> Tensor:
     """What a picture is written as, int64: numbers of its visual tokens from 0, SEPARATOR (-1) and ROW_END (-2).
@@ -421,7 +422,7 @@ def splice_visual_tokens(
     return SplicedInputs(None, embedded.masked_fill(~plan.inside[..., None], 0), mask, new_labels)
 
 
-# ------------------------------------------------------------------------------------------------------ whole checkpoints
+# ---------------------------------------------------------------------------------------------------- whole checkpoints
 # Buffers of old transformers versions, which newer ones compute.
 IGNORED_KEYS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 LLAVA_NAMES = (
@@ -536,14 +537,18 @@ def llava_from_official(
     """
     if isinstance(source, Mapping):
         if language is None:
-            raise InvalidInputError("a state dict says nothing about heads: give language={...} (LlamaConfig arguments)")
+            raise InvalidInputError(
+                "a state dict says nothing about heads: give language={...} (LlamaConfig arguments)"
+            )
         state, name = dict(source), "the given state dict"
     else:
         folder, name = Path(source), str(source)
         config = _read_config(folder)
         scale_factor = config.get("scale_factor") if scale_factor is None else scale_factor
         if language is None:
-            language = {key: value for key, value in config.items() if not key.startswith("mm_") and key in _TEXT_FIELDS}
+            language = {
+                key: value for key, value in config.items() if not key.startswith("mm_") and key in _TEXT_FIELDS
+            }
         state = _read_shards(folder)
     model = empty_llava(language, vision, scale_factor=scale_factor or 2, **projector)
     renamed = rename_llava(state)
@@ -555,11 +560,23 @@ def llava_from_official(
 
 
 _TEXT_FIELDS = frozenset(
-    (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings initializer_range rms_norm_eps bos_token_id eos_token_id pad_token_id rope_theta "
-        "tie_word_embeddings"
-    ).split()
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "rope_theta",
+        "tie_word_embeddings",
+    }
 )
 
 

@@ -7,11 +7,12 @@ answer (region-to-point attention); an MLP brings the answers to the width of th
 Paper: "TokenPacker: Efficient Visual Projector for Multimodal LLM", arXiv 2407.02392, section 3.
 Origin of the weights: CircleRadon/TokenPacker (on LLaVA-1.5, Apache-2.0; weights under the Llama 2 licence).
 
-Top to bottom: configuration and network; the fast path of inference; objective; attaching; the authors' files. Pictures,
-splicing into prompts and the training stages are the neighbours of this file.
+Top to bottom: configuration and network; the fast path of inference; objective; attaching; the authors' files.
+Pictures, splicing into prompts and the training stages are the neighbours of this file.
 
-Shape letters: B pictures or crops, g side of the patch grid, N = g^2 patches, s scale factor, G = g / s, M = G^2 tokens,
-R = s^2 patches of a cell, C channels of the tower, L levels, E attention width, h heads, d = E / h, D language width.
+Shape letters: B pictures or crops, g side of the patch grid, N = g^2 patches, s scale factor, G = g / s,
+M = G^2 tokens, R = s^2 patches of a cell, C channels of the tower, L levels, E attention width, h heads, d = E / h,
+D language width.
 """
 
 from __future__ import annotations
@@ -444,7 +445,9 @@ class TokenPacker(VistokModel, Attachable):
             raise InvalidInputError("the images contain NaN or infinite pixels")
         tokens = self(multi_level_features(vision_tower, images, self.config.feature_levels))
         if not bool(torch.isfinite(tokens).all()):
-            raise InvalidOutputError("the visual tokens contain NaN or infinity: check the weights of tower and projector")
+            raise InvalidOutputError(
+                "the visual tokens contain NaN or infinity: check the weights of tower and projector"
+            )
         side = round(tokens.shape[1] ** 0.5)
         return VisualTokens(features=tokens, grid=(side, side))
 

@@ -27,9 +27,7 @@ PADDING_COLOUR = (122, 116, 104)  # the mean colour, cut to integers
 GRID_TARGET = 1.4  # the picture counts as this much larger where grids are compared: finer grids win
 OVERLAP_WEIGHT = 0.1
 
-_UP_TO_9 = (
-    "1x1 1x2 2x1 1x3 3x1 2x2 1x4 4x1 1x5 5x1 1x6 6x1 2x3 3x2 1x7 7x1 4x2 2x4 1x8 8x1 3x3 1x9 9x1"
-)
+_UP_TO_9 = "1x1 1x2 2x1 1x3 3x1 2x2 1x4 4x1 1x5 5x1 1x6 6x1 2x3 3x2 1x7 7x1 4x2 2x4 1x8 8x1 3x3 1x9 9x1"
 _UP_TO_16 = _UP_TO_9 + " 2x5 5x2 2x6 6x2 3x4 4x3 2x7 7x2 3x5 5x3 2x8 8x2 4x4"
 _UP_TO_25 = _UP_TO_16 + " 3x6 6x3 2x9 9x2 4x5 5x4 2x10 10x2 3x7 7x3 11x2 2x11 4x6 6x4 12x2 2x12 3x8 8x3 5x5"
 
