@@ -324,8 +324,8 @@ class MAR(MaskedGenerator):
         Decoder outputs and the head are computed for masked tokens alone; the others would count with weight 0.
 
         Args:
-            batch: `latents` [B, C, H, W], or `features` [B, L, C p p], scaled; `labels` int64 [B], or `text_features` [B, T, caption_dim] with
-                `text_mask` bool [B, T].
+            batch: `latents` [B, C, H, W] or `features` [B, L, C p p], scaled; `labels` int64 [B], or `text_features`
+                [B, T, caption_dim] with `text_mask` bool [B, T].
             generator: draws orders, the share of masked tokens, condition dropout, noise levels and noise.
         """
         tokens = self.batch_tokens(batch, ("latents", "features"), self.grid, self.latent_channels, self.patch_size)

@@ -163,7 +163,9 @@ def _eager(z: Tensor, levels: list[int]) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _finite_scalar_kernel(z, table, ids, rows, row_stride, channel_stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    def _finite_scalar_kernel(
+        z, table, ids, rows, row_stride, channel_stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+    ):
         """BLOCK rows a program; `table` holds shift, half, offset, L // 2 and L of each channel."""
         row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = row < rows

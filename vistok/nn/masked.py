@@ -35,6 +35,7 @@ __all__ = [
     "Phase",
     "PlannedStep",
     "TokenValues",
+    "cosine_rate",
     "count_blocks",
     "guidance_at",
     "patchify",
@@ -87,6 +88,11 @@ def truncated_normal_rate(low: float, generator: torch.Generator | None) -> floa
     start = 0.5 * (1.0 + math.erf((low - 1.0) / 0.25 / math.sqrt(2.0)))
     place = torch.tensor(2.0 * (start + uniform * (0.5 - start)) - 1.0, dtype=torch.float64)
     return min(1.0, max(low, 1.0 + 0.25 * math.sqrt(2.0) * float(torch.erfinv(place))))
+
+
+def cosine_rate(generator: torch.Generator | None) -> float:
+    """One draw of cos(pi / 2 u), u uniform: the share of tokens to mask, as often as decoding meets it."""
+    return math.cos(math.pi / 2.0 * float(sampling.uniform((1,), generator, "cpu")))
 
 
 class PlannedStep(NamedTuple):

@@ -34,6 +34,7 @@ __all__ = [
     "TextEncoderSlot",
     "clip_states",
     "describe_pipeline",
+    "encode_prompts",
     "pad_ids",
     "t5_states",
 ]
@@ -297,12 +298,14 @@ class EncodedPrompts:
         prompts: R prompts, one a row.
         states: key -> [R, N, D].
         pooled: key -> [R, P].
+        lone: texts that controllers asked for (`PromptController.texts`), encoded in the same pass.
     """
 
     text: PipelineText
     prompts: tuple[str, ...]
     states: Mapping[str, Tensor]
     pooled: Mapping[str, Tensor]
+    lone: EncodedPrompts | None = field(default=None, repr=False)
     _spans: dict[tuple[str, str], TokenSpans] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -324,6 +327,13 @@ class EncodedPrompts:
         characters = find_subject(self.prompts[row], subject, occurrence)
         return covered_tokens(self.spans(key, row), characters, self.text.slot(key).length)
 
+    def lone_states(self, key: str, text: str) -> Tensor:
+        """States [N, D] of another text, encoded by itself at the same length."""
+        if self.lone is not None and text in self.lone.prompts:
+            return self.lone.states[key][self.lone.prompts.index(text)]
+        with torch.no_grad():
+            return self.text.slot(key).encode([text])[0][0]
+
     def expand(self, count: int) -> EncodedPrompts:
         """One prompt repeated over `count` rows."""
         if count == len(self):
@@ -335,6 +345,7 @@ class EncodedPrompts:
             self.prompts * count,
             {key: value.expand(count, -1, -1) for key, value in self.states.items()},
             {key: value.expand(count, -1) for key, value in self.pooled.items()},
+            self.lone,
             self._spans,
         )
 
@@ -347,6 +358,7 @@ class EncodedPrompts:
             tuple(prompt for prompt in self.prompts for _ in range(times)),
             {key: value.repeat_interleave(times, dim=0) for key, value in self.states.items()},
             {key: value.repeat_interleave(times, dim=0) for key, value in self.pooled.items()},
+            self.lone,
             self._spans,
         )
 
@@ -359,6 +371,7 @@ class EncodedPrompts:
             self.prompts,
             dict(self.states if states is None else states),
             dict(self.pooled if pooled is None else pooled),
+            self.lone,
             self._spans,
         )
 
@@ -369,37 +382,51 @@ class EncodedPrompts:
 
 @torch.no_grad()
 def encode_prompts(
-    text: PipelineText, prompts: Sequence[str], extra: Sequence[str] = (), *, clip_skip: int | None = None
+    text: PipelineText,
+    prompts: Sequence[str],
+    extra: Sequence[str] = (),
+    lone: Sequence[str] = (),
+    *,
+    clip_skip: int | None = None,
 ) -> tuple[EncodedPrompts, EncodedPrompts | None]:
-    """Encode prompts and extra texts (negative prompts) in one pass an encoder.
+    """Encode prompts and other texts in one pass an encoder; each different text is encoded once.
 
     Args:
         text: the pipeline's encoders.
         prompts: R prompts.
-        extra: texts that are encoded without `clip_skip`.
-        clip_skip: of the prompts' CLIP states.
+        extra: negative prompts; they never skip layers.
+        lone: texts for `EncodedPrompts.lone_states`.
+        clip_skip: CLIP layers to leave out.
 
     Returns:
         The encoded prompts, and the encoded extra texts or None if there are none.
     """
-    every = [*prompts, *extra] if clip_skip is None else list(prompts)
-    states: dict[str, Tensor] = {}
-    pooled: dict[str, Tensor] = {}
-    extra_states: dict[str, Tensor] = {}
-    extra_pooled: dict[str, Tensor] = {}
-    count = len(prompts)
+    groups = {"prompts": list(prompts), "lone": list(dict.fromkeys(lone)), "extra": list(extra)}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in groups}
+    pooled: dict[str, dict[str, Tensor]] = {name: {} for name in groups}
     for slot in text.encoders:
         skip = clip_skip if slot.kind == "clip" else None
-        tokens, vector = _encode_unique(slot, every, skip)
-        others, other_vector = tokens[count:], None if vector is None else vector[count:]
-        if extra and clip_skip is not None:
-            others, other_vector = _encode_unique(slot, extra, None)
-        states[slot.key], extra_states[slot.key] = tokens[:count], others
-        if vector is not None and slot.pooled:
-            pooled[slot.key] = vector[:count]
-            extra_pooled[slot.key] = vector[:0] if other_vector is None else other_vector
-    first = EncodedPrompts(text, tuple(prompts), states, pooled)
-    return first, EncodedPrompts(text, tuple(extra), extra_states, extra_pooled) if extra else None
+        # With a skip the negative prompts take another layer, so they need a pass of their own.
+        passes = [(("prompts", "lone", "extra"), None)] if skip is None else [
+            (("prompts", "lone"), skip), (("extra",), None)
+        ]
+        for names, layers in passes:
+            joined = [one for name in names for one in groups[name]]
+            if not joined:
+                continue
+            tokens, vector = _encode_unique(slot, joined, layers)
+            start = 0
+            for name in names:
+                stop = start + len(groups[name])
+                states[name][slot.key] = tokens[start:stop]
+                if vector is not None and slot.pooled:
+                    pooled[name][slot.key] = vector[start:stop]
+                start = stop
+    made = {
+        name: EncodedPrompts(text, tuple(groups[name]), states[name], pooled[name]) for name in groups if groups[name]
+    }
+    first = made["prompts"]
+    return EncodedPrompts(text, first.prompts, first.states, first.pooled, made.get("lone")), made.get("extra")
 
 
 def _encode_unique(slot: TextEncoderSlot, texts: Sequence[str], skip: int | None) -> tuple[Tensor, Tensor | None]:
@@ -515,6 +542,10 @@ class PromptController(Attachable):
     def rows(self, count: int) -> int:
         """How many rows (images) `count` prompts become."""
         return count
+
+    def texts(self, prompts: Sequence[str], text: PipelineText) -> list[str]:
+        """Other texts that `edit` reads the states of; they are encoded together with the prompts."""
+        return []
 
     def members(self) -> list[PromptController]:
         """The controllers in the order in which they act."""
@@ -687,7 +718,8 @@ def steered_kwargs(
                 f"{controller.start} and {controller.stop}"
             )
     negatives = _negative_prompts(text, negative_prompt, len(prompts))
-    encoded, negative = encode_prompts(text, prompts, negatives, clip_skip=clip_skip)
+    lone = [one for controller in controllers for one in controller.texts(prompts, text)]
+    encoded, negative = encode_prompts(text, prompts, negatives, lone, clip_skip=clip_skip)
     encoded = encoded.repeat(num_images_per_prompt)
     negative = None if negative is None else negative.repeat(num_images_per_prompt)
     for controller in controllers:

@@ -140,8 +140,8 @@ class TransitionScorer(Scorer):
         held: list[Tensor] = []
 
         def keep(_: nn.Module, __: tuple, output: Tensor) -> None:
-            if engine.flow is not None and engine.flow.pruning and not held:
-                held.append(output)
+            if engine.flow is not None and engine.flow.pruning:
+                held[:] = [output]  # the last one counts: scoring calls the norm of the next layer, too
 
         def gather(_: nn.Module, __: tuple, output: Any) -> None:
             flow = engine.flow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
         facts["tokenizer"] = recipe.tokenizer
         facts["text_encoder"] = recipe.text_encoder
         facts["class_names"] = _class_names(recipe)
-        facts["sampling"] = asdict(recipe.sampling)
+        facts["sampling"] = recipe.sampling.given
     return {key: value for key, value in facts.items() if value is not None}
 
 

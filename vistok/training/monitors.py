@@ -8,7 +8,6 @@ Shape letters: B images, H rows and W columns of pixels, N tokens an image.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ from vistok.nn.model import VistokModel
 from vistok.nn.text import TextCondition
 
 from .recipe import Recipe, ShapesImagesRecipe, ShapesTokensRecipe
-from .sources import HELD_OUT_STREAM, Source, image_batch
+from .sources import HELD_OUT_STREAM, Source, draw_latents, encode_images, image_batch
 
 __all__ = ["GeneratorMonitor", "Monitor", "TokenizerMonitor", "picture_grid"]
 
@@ -142,7 +141,7 @@ class GeneratorMonitor:
         source: Source,
         device: torch.device,
     ) -> None:
-        self.settings, self.tokenizer, self.encode_captions = asdict(recipe.sampling), tokenizer, encode_captions
+        self.settings, self.tokenizer, self.encode_captions = recipe.sampling.given, tokenizer, encode_captions
         self.device = device
         self.held_out: list[dict[str, Any]] = []
         self.labels: list[int] = []
@@ -163,7 +162,8 @@ class GeneratorMonitor:
         for first in range(0, len(scenes), EVALUATION_BATCH):
             part = scenes[first : first + EVALUATION_BATCH]
             images = image_batch([render(scene, data.image_size) for scene in part]).to(self.device)
-            batch: dict[str, Any] = {"ids": self.tokenizer.encode(images).ids}
+            batch: dict[str, Any] = {**encode_images(self.tokenizer, images, data.pivot_size)}
+            draw_latents(self.tokenizer, batch)
             if self.encode_captions is None:
                 batch["labels"] = torch.tensor([scene.label for scene in part], device=self.device)
             else:
@@ -176,11 +176,13 @@ class GeneratorMonitor:
             self.captions = texts[:SAMPLED]
 
     def validate(self, model: VistokModel) -> dict[str, float]:
-        """`val/loss` in nats a token, where there are held-out scenes."""
+        """`val/loss` (of discrete tokens, in nats a token), where there are held-out scenes."""
         if not self.held_out:
             return {}
         with torch.no_grad():
-            losses = [(model.training_loss(batch)["loss"].item(), len(batch["ids"])) for batch in self.held_out]
+            losses = [
+                (model.training_loss(batch)["loss"].item(), len(next(iter(batch.values())))) for batch in self.held_out
+            ]
         return {"val/loss": sum(loss * size for loss, size in losses) / sum(size for _, size in losses)}
 
     def sample(self, model: VistokModel, seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:

@@ -92,13 +92,16 @@ class ShapesImagesRecipe:
 
 @dataclass(frozen=True)
 class ShapesTokensRecipe:
-    """Scenes of the lab world, encoded once by the tokenizer into a file of ids with their captions and classes.
+    """Scenes of the lab world, encoded once by the tokenizer, with their captions and classes.
+
+    A tokenizer with a codebook leaves ids, a KL tokenizer the moments from which every step draws new latents.
 
     Attributes:
         image_size: side of a scene in pixels.
         objects: least and greatest number of objects in a scene.
         scenes: number of distinct scenes.
         condition: what the generator is told: `class` needs scenes of one object.
+        pivot_size: also encode each scene at this side in pixels, for generators with low-resolution pivots; 0 does not.
     """
 
     source: Literal["shapes-tokens"]
@@ -106,6 +109,7 @@ class ShapesTokensRecipe:
     scenes: int = number(low=1)
     image_size: int = number(64, 8, 4096)
     objects: tuple[int, int] = number((1, 1), 1, 3)
+    pivot_size: int = number(0, 0, 4096)
 
 
 @dataclass(frozen=True)
@@ -207,12 +211,22 @@ class DiscriminatorRecipe:
 
 @dataclass(frozen=True)
 class SamplingRecipe:
-    """How sample grids are drawn from a generator; exported as the checkpoint's defaults."""
+    """How sample grids are drawn from a generator; exported as the checkpoint's defaults.
 
-    guidance_scale: float = number(1.0, 0.0, 100.0)
-    temperature: float = number(1.0, 0.0, 100.0)
-    top_k: int = number(0, 0)
-    top_p: float = number(1.0, 0.0, 1.0)
+    Every field is an argument of the generator's `sample`; null leaves it at the generator's own default.
+    """
+
+    guidance_scale: float | None = number(None, 0.0, 100.0)
+    temperature: float | None = number(None, 0.0, 100.0)
+    top_k: int | None = number(None, 0)
+    top_p: float | None = number(None, 0.0, 1.0)
+    num_inference_steps: int | None = number(None, 1)
+    num_diffusion_steps: int | None = number(None, 1)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not null."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -276,6 +290,8 @@ HARMLESS = frozenset(
         "sampling.temperature",
         "sampling.top_k",
         "sampling.top_p",
+        "sampling.num_inference_steps",
+        "sampling.num_diffusion_steps",
     }
 )
 
@@ -381,7 +397,7 @@ def _build(cls: type[T], values: Any, where: str = "") -> T:
         if "range" in item.metadata:
             low, high = item.metadata["range"]
             for number_given in converted if isinstance(converted, tuple) else (converted,):
-                if not low <= number_given <= high:
+                if number_given is not None and not low <= number_given <= high:
                     limits = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
                     raise InvalidInputError(f"recipe field {path}: expected {limits}, got {number_given}")
         arguments[name] = converted

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
 
 from vistok.data.photographs import PHOTOGRAPHS, open_photograph
@@ -36,10 +37,14 @@ __all__ = [
     "ShardImages",
     "Source",
     "StepBatches",
+    "draw_latents",
+    "encode_images",
     "open_source",
 ]
 
 IMAGE_KEYS = ("png", "jpg", "jpeg", "webp")
+# What a tokenizer can make of a scene: files of the token cache and keys of a batch.
+ENCODED = ("ids", "moments", "pivot_moments")
 # Streams of lab scenes that training never draws from.
 HELD_OUT_STREAM = 2**40
 # Each scene has several wordings, one an epoch, from full descriptions to bare ones.
@@ -199,29 +204,32 @@ def image_batch(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 class ShapesTokens:
-    """Lab scenes as tokenizer ids, read from a memory map (see `ShapesTokensRecipe`)."""
+    """Lab scenes as tokenizer ids or moments, read from memory maps (see `ShapesTokensRecipe`)."""
 
     def __init__(self, folder: Path, recipe: ShapesTokensRecipe, seed: int) -> None:
         self.folder, self.condition = folder, recipe.condition
         self.labels = np.load(folder / "labels.npy")
         self.captions: list[list[str]] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
         self.order = Epochs(recipe.scenes, seed)
-        self._ids: np.ndarray | None = None
+        self.names = [name for name in ENCODED if (folder / f"{name}.npy").is_file()]
+        self._maps: dict[str, np.ndarray] = {}
 
-    def __getstate__(self) -> dict[str, Any]:  # workers map the file themselves instead of receiving a copy
-        return {**self.__dict__, "_ids": None}
+    def __getstate__(self) -> dict[str, Any]:  # workers map the files themselves instead of receiving a copy
+        return {**self.__dict__, "_maps": {}}
 
-    @property
-    def ids(self) -> np.ndarray:
-        """int32 [scenes, N]."""
-        if self._ids is None:
-            self._ids = np.load(self.folder / "ids.npy", mmap_mode="r")
-        return self._ids
+    def encoded(self, name: str) -> np.ndarray:
+        """One of `ENCODED`, of all scenes."""
+        if name not in self._maps:
+            self._maps[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return self._maps[name]
 
     def batch(self, numbers: np.ndarray) -> dict[str, Any]:
-        """`ids` int64 [B, N], and `labels` [B] or `captions`."""
+        """`ids` int64 [B, N] or `moments` float32 [B, 2C, h, w] (and `pivot_moments`), and `labels` or `captions`."""
         chosen = self.order(numbers)
-        found: dict[str, Any] = {"ids": torch.from_numpy(self.ids[chosen].astype(np.int64))}
+        found: dict[str, Any] = {}
+        for name in self.names:
+            values = self.encoded(name)[chosen]
+            found[name] = torch.from_numpy(values.astype(np.int64 if name == "ids" else np.float32))
         if self.condition == "class":
             found["labels"] = torch.from_numpy(self.labels[chosen].astype(np.int64))
         else:
@@ -241,6 +249,42 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def encode_images(tokenizer: Any, images: Tensor, pivot_size: int = 0) -> dict[str, Tensor]:
+    """What generators are trained on.
+
+    Args:
+        tokenizer: VQ or KL model.
+        images: [B, 3, H, W] in [-1, 1].
+        pivot_size: side of the images' small copies, for KL models; 0 makes none.
+
+    Returns:
+        `ids` int64 [B, N], or `moments` [B, 2C, h, w] and, with a pivot size, `pivot_moments`.
+
+    Raises:
+        InvalidInputError: pivots were asked of a tokenizer with a codebook.
+    """
+    with torch.no_grad():
+        if not hasattr(tokenizer, "moments"):
+            if pivot_size:
+                raise InvalidInputError(f"data.pivot_size needs a KL tokenizer; got {type(tokenizer).__name__}")
+            return {"ids": tokenizer.encode(images).ids}
+        found = {"moments": tokenizer.moments(images)}
+        if pivot_size:
+            # As Hi-MAR does: bicubic, without antialiasing.
+            small = functional.interpolate(images, size=(pivot_size, pivot_size), mode="bicubic", align_corners=False)
+            found["pivot_moments"] = tokenizer.moments(small.clamp(-1, 1))
+        return found
+
+
+def draw_latents(tokenizer: Any, batch: dict[str, Any]) -> None:
+    """Replace `moments` of a batch by scaled latents [B, C, h, w] drawn from them, `pivot_moments` likewise."""
+    for name in ("", "pivot_"):
+        moments = batch.pop(f"{name}moments", None)
+        if moments is not None:
+            tokens = tokenizer.tokens_from_moments(moments, sample=True)
+            batch[f"{name}latents"] = tokenizer.latents_from_tokens(tokens)
+
+
 def encode_scenes(
     recipe: ShapesTokensRecipe,
     tokenizer: Any,
@@ -253,11 +297,11 @@ def encode_scenes(
 ) -> Path:
     """Encode the scenes of a recipe once.
 
-    The folder's name depends on scenes and tokenizer weights, so that a changed tokenizer never meets old ids.
+    The folder's name depends on scenes and tokenizer weights, so that a changed tokenizer never meets old tokens.
 
     Args:
         recipe: which scenes.
-        tokenizer: VQ model with `encode(images) -> VisualTokens`.
+        tokenizer: VQ or KL model.
         stream: seed of the scenes.
         cache: folder of all token files.
         device: where the tokenizer runs.
@@ -265,8 +309,8 @@ def encode_scenes(
         on_progress: called with (scenes done, scenes).
 
     Returns:
-        Folder with `ids.npy` int32 [scenes, N], `labels.npy` int64 [scenes] (class of the first object) and
-        `captions.json` (lists of wordings).
+        Folder with `ids.npy` int32 [scenes, N], or `moments.npy` (and `pivot_moments.npy`) float16 [scenes, 2C, h, w];
+        `labels.npy` int64 [scenes] (class of the first object) and `captions.json` (lists of wordings).
     """
     from vistok.data.shapes import caption, render, sample_scene
 
@@ -276,19 +320,21 @@ def encode_scenes(
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [sample_scene(stream, number, recipe.objects) for number in range(recipe.scenes)]
-    parts = []
+    parts: dict[str, list[np.ndarray]] = {}
     for first in range(0, len(scenes), batch_size):
         pictures = [render(scene, recipe.image_size) for scene in scenes[first : first + batch_size]]
-        with torch.no_grad():
-            parts.append(tokenizer.encode(image_batch(pictures).to(device)).ids.to(torch.int32).cpu().numpy())
+        for name, value in encode_images(tokenizer, image_batch(pictures).to(device), recipe.pivot_size).items():
+            kept = value.to(torch.int32 if name == "ids" else torch.float16)
+            parts.setdefault(name, []).append(kept.cpu().numpy())
         if on_progress is not None:
             on_progress(first + len(pictures), len(scenes))
     texts = []
     for number, scene in enumerate(scenes):
         rng = np.random.default_rng((stream, number))
         texts.append([caption(scene, rng, attribute_dropout=share) for share in ATTRIBUTE_DROPOUT])
-    with atomic_path(folder / "ids.npy") as path:
-        np.save(path, np.concatenate(parts))
+    for name, values in parts.items():
+        with atomic_path(folder / f"{name}.npy") as path:
+            np.save(path, np.concatenate(values))
     with atomic_path(folder / "captions.json") as path:
         path.write_text(json.dumps(texts), encoding="utf-8")
     with atomic_path(folder / "labels.npy") as path:

@@ -43,7 +43,7 @@ from .logs import MetricsLog, ProgressBar
 from .monitors import GeneratorMonitor, Monitor, TokenizerMonitor
 from .optimizers import build_optimizer
 from .recipe import Recipe, ScheduleRecipe, load_recipe, recipe_differences, save_recipe
-from .sources import Forwards, Source, StepBatches, open_source
+from .sources import Forwards, Source, StepBatches, draw_latents, encode_images, open_source
 
 __all__ = ["Trainer", "TrainingResult", "build_model", "load_matching", "lr_factor"]
 
@@ -457,8 +457,8 @@ class Trainer:
             group["lr"] = recipe.optimizer.lr * factor
         scalars: dict[str, Tensor] = {}
         for number in range(recipe.gradient_accumulation):
-            batch = self.prepare(next(batches))
             seed_everything(recipe.seed, self.step, number, self.accelerator.process_index)
+            batch = self.prepare(next(batches))
             trained = [self.objective] if self.judge is None else [self.objective, self.judge]
             with self.accelerator.accumulate(*trained):
                 found = self.objective(batch)
@@ -501,8 +501,8 @@ class Trainer:
                 ready["images"] = images
             else:
                 del ready["images"]
-                with torch.no_grad():
-                    ready["ids"] = self.tokenizer.encode(images).ids
+                ready |= encode_images(self.tokenizer, images, self.pivot_size(images))
+        draw_latents(self.tokenizer, ready)
         if self.encode_captions is not None:
             if "captions" not in ready:
                 raise InvalidInputError("the recipe has a text_encoder, but its data has no captions")
@@ -510,6 +510,11 @@ class Trainer:
             ready["text_features"], ready["text_mask"] = condition.features, condition.mask
         ready.pop("captions", None)
         return ready
+
+    def pivot_size(self, images: Tensor) -> int:
+        """Side in pixels of the small copies that the generator wants; 0 for none."""
+        ratio = getattr(self.model, "pivot_ratio", None)
+        return 0 if ratio is None else round(images.shape[-1] * ratio)
 
     def _averages(self, window: dict[str, Tensor], steps: int) -> dict[str, float]:
         """Means over the window and over the processes; refuses to go on from a loss that is no number."""

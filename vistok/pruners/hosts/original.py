@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vistok.errors import CheckpointError, InvalidInputError
-from vistok.files import read_checkpoint
+from vistok.files import read_state_dict
 from vistok.nn.model import describe_mismatch
 
 __all__ = ["PUBLISHED", "build", "config_from_original", "from_original", "rename_original"]
@@ -138,12 +138,14 @@ def _text_config(given: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     return {"model_type": model_type, **ours, "rope_parameters": rope}
 
 
-def config_from_original(config: Mapping[str, Any]) -> Any:
+def config_from_original(config: Mapping[str, Any], image_token_id: int | None = None) -> Any:
     """The transformers configuration of an original one.
 
     Args:
         config: `llava_config` and `clip_vision_config` (LLaVA-1.5; with grid pinpoints LLaVA-1.6), or
             `llava_qwen_config` and `siglip_vision_config` (LLaVA-OneVision). Pinpoints are (width, height) there.
+        image_token_id: the placeholder, which these checkpoints do not reserve; default the last id of the vocabulary.
+            It must not occur in the text.
     """
     from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
@@ -156,7 +158,7 @@ def config_from_original(config: Mapping[str, Any]) -> Any:
         return LlavaOnevisionConfig(
             vision_config=vision,
             text_config=_text_config(given, "qwen2"),
-            image_token_index=given["vocab_size"] - 1,
+            image_token_index=given["vocab_size"] - 1 if image_token_id is None else image_token_id,
             video_token_index=given["vocab_size"] - 2,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
@@ -170,7 +172,7 @@ def config_from_original(config: Mapping[str, Any]) -> Any:
     shared = {
         "vision_config": {"model_type": "clip_vision_model", **config["clip_vision_config"]},
         "text_config": _text_config(given, "llama"),
-        "image_token_index": given["vocab_size"] - 1,
+        "image_token_index": given["vocab_size"] - 1 if image_token_id is None else image_token_id,
         "vision_feature_layer": given.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": "default" if given.get("mm_vision_select_feature") == "patch" else "full",
         "tie_word_embeddings": given.get("tie_word_embeddings", False),
@@ -181,11 +183,11 @@ def config_from_original(config: Mapping[str, Any]) -> Any:
     return LlavaConfig(**shared)
 
 
-def build(config: Mapping[str, Any]) -> Any:
+def build(config: Mapping[str, Any], image_token_id: int | None = None) -> Any:
     """The transformers model of an original configuration, random weights, in eval mode."""
     import transformers
 
-    ours = config_from_original(config)
+    ours = config_from_original(config, image_token_id)
     names = {
         "llava": "LlavaForConditionalGeneration",
         "llava_next": "LlavaNextForConditionalGeneration",
@@ -194,24 +196,40 @@ def build(config: Mapping[str, Any]) -> Any:
     return getattr(transformers, names[ours.model_type])(ours).eval()
 
 
-def from_original(source: str | Path | Mapping[str, Tensor], config: str | Mapping[str, Any]) -> Any:
+def from_original(
+    source: str | Path | Mapping[str, Tensor],
+    config: str | Mapping[str, Any],
+    *,
+    tower: str | Path | Mapping[str, Tensor] | None = None,
+    image_token_id: int | None = None,
+) -> Any:
     """Load a checkpoint in the original LLaVA layout into its transformers model, strictly.
 
     Args:
         source: a file, or a state dict.
         config: a name of `PUBLISHED`, or an original configuration (see `config_from_original`).
+        tower: file or state dict of the CLIP vision tower, for LLaVA-1.5 files that leave it out
+            (`openai/clip-vit-large-patch14-336`).
+        image_token_id: see `config_from_original`.
 
     Raises:
-        CheckpointError: naming every missing, unexpected or misshapen key. The vision tower of LLaVA-1.5 may be absent
-            as a whole, as it is in some published files; it keeps random weights then, and the error says so.
+        CheckpointError: naming every missing, unexpected or misshapen key.
     """
     if isinstance(config, str):
         if config not in PUBLISHED:
             raise InvalidInputError(f"unknown checkpoint {config!r}; there are: {', '.join(PUBLISHED)}")
         config = PUBLISHED[config]
-    state = dict(source) if isinstance(source, Mapping) else read_checkpoint(Path(source))
-    model = build(config)
+    state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+    model = build(config, image_token_id)
     renamed = rename_original(state)
+    if tower is not None:
+        own = dict(tower) if isinstance(tower, Mapping) else read_state_dict(tower)
+        renamed |= {
+            f"model.vision_tower.{key.removeprefix('vision_model.')}": value
+            for key, value in own.items()
+            if not key.endswith(_BUFFERS) and not key.startswith(("text_model.", "text_projection", "visual_projection"))
+            and key != "logit_scale"
+        }
     problems = describe_mismatch(model.state_dict(), renamed)
     if problems:
         raise CheckpointError("; ".join(problems))

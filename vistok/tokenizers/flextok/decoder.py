@@ -98,7 +98,9 @@ class RegisterEncoder(nn.Module):
 
         def attend_registers(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             query, key, value = (part.transpose(1, 2) for part in (query[:, total:], key, value))
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(
+                1, 2
+            )
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             own = [part[:, :total].transpose(1, 2) for part in (query, key, value)]
@@ -247,7 +249,11 @@ class _Rows(Modulate):
 
                 asked = query[own].unflatten(0, (count, -1)).transpose(1, 2) if patches_only else joined(query)
                 attended = functional.scaled_dot_product_attention(
-                    asked, joined(key), joined(value), attn_mask=None if bias is None else bias.to(asked.dtype), scale=scale
+                    asked,
+                    joined(key),
+                    joined(value),
+                    attn_mask=None if bias is None else bias.to(asked.dtype),
+                    scale=scale,
                 ).transpose(1, 2)
                 of_patches.append(attended[:, : self.patches].flatten(0, 1))
                 if not patches_only:

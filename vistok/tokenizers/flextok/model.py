@@ -217,8 +217,12 @@ class FlexTok(VistokModel):
                 f"repa_layer must name one of the {decoder_depth} decoder blocks for repa_channels; got {repa_layer}"
             )
         self.levels = tuple(int(level) for level in levels)
-        self.vae = None if vae_block_out_channels is None else _build_vae(
-            vae_block_out_channels, vae_layers_per_block, vae_norm_groups, latent_channels, scaling_factor
+        self.vae = (
+            None
+            if vae_block_out_channels is None
+            else _build_vae(
+                vae_block_out_channels, vae_layers_per_block, vae_norm_groups, latent_channels, scaling_factor
+            )
         )
         shared: dict[str, Any] = {
             "position_scaling": position_scaling,
@@ -330,7 +334,12 @@ class FlexTok(VistokModel):
 
     # ----------------------------------------------------------------------------------------------- auto-encoder
     def encode_latents(
-        self, images: Tensor, *, sample_posterior: bool = False, generator: Generators = None, noise: Tensor | None = None
+        self,
+        images: Tensor,
+        *,
+        sample_posterior: bool = False,
+        generator: Generators = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W] to scaled latents [B, Z, h, w], float32, without gradient.
 
@@ -385,7 +394,9 @@ class FlexTok(VistokModel):
                 batch["images"], sample_posterior=self.config.sample_posterior, generator=generator
             )
         else:
-            raise InvalidInputError(f"FlexTok trains on 'images' or 'latents'; got {', '.join(sorted(batch)) or 'none'}")
+            raise InvalidInputError(
+                f"FlexTok trains on 'images' or 'latents'; got {', '.join(sorted(batch)) or 'none'}"
+            )
         count, device = len(latents), latents.device
         noise = gaussian_noise(latents.shape, generator, device)
         schedule = self.config.noise_schedule
@@ -400,9 +411,7 @@ class FlexTok(VistokModel):
         if features is None and self._teacher is not None and "images" in batch:
             with torch.no_grad():
                 features = self._teacher(batch["images"])
-        return self.flow_loss(
-            latents, noise, t, lengths, dropped, unrounded=unrounded, teacher_features=features
-        )
+        return self.flow_loss(latents, noise, t, lengths, dropped, unrounded=unrounded, teacher_features=features)
 
     def flow_loss(
         self,
@@ -786,7 +795,9 @@ class FlexTok(VistokModel):
         """ids int64 [B, longest] on the model's device (0 where there is none), and the length of each sequence."""
         if isinstance(tokens, VisualTokens):
             if tokens.ids is None or tokens.grid is not None:
-                raise InvalidInputError("FlexTok decodes ordered ids without a grid; were these made by FlexTok.encode?")
+                raise InvalidInputError(
+                    "FlexTok decodes ordered ids without a grid; were these made by FlexTok.encode?"
+                )
             ids, lengths = tokens.ids, [tokens.num_tokens] * len(tokens)
             if tokens.mask is not None:
                 mask = tokens.mask.cpu()
@@ -906,7 +917,9 @@ class FlexTok(VistokModel):
         """Recognise the neighbours of these files."""
         if any(key.startswith("models.ar_image_model.") for key in unexpected):
             return "This is an autoregressive generator (FlexAR); load it with FlexTokAR."
-        if unexpected and all(key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")) for key in unexpected):
+        if unexpected and all(
+            key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")) for key in unexpected
+        ):
             return "This is an auto-encoder alone; load it with diffusers' AutoencoderKL."
         return None
 

@@ -197,7 +197,10 @@ def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
             stacklevel=3,
         )
 
-    patching = {"encoder": _one("encoder", encoder, "PatchEmbedder"), "decoder": _one("decoder", decoder, "PatchEmbedder")}
+    patching = {
+        "encoder": _one("encoder", encoder, "PatchEmbedder"),
+        "decoder": _one("decoder", decoder, "PatchEmbedder"),
+    }
     arguments["patch_size"] = _single(
         "patch_sizes", _same("patch_sizes", {name: node["patch_sizes"] for name, node in patching.items()})
     )

@@ -413,15 +413,18 @@ class TokenPacker(VistokModel, Attachable):
             out = self.mlp_in.weight.to(exact) @ self.attention_out.weight.to(exact)
             constant = value @ self.value_norm.bias.to(exact) + value_bias
             through = self.mlp_in.weight.to(exact) @ self.attention_out.bias.to(exact) + self.mlp_in.bias.to(exact)
-            parts = (
-                scale * query * self.query_norm.weight.to(exact),
-                scale * (query @ self.query_norm.bias.to(exact) + query_bias),
-                (key * self.key_norm.weight.to(exact)).unflatten(0, (heads, -1)),
-                (value * self.value_norm.weight.to(exact)).unflatten(0, (heads, -1)),
-                out,
-                out @ constant + through,
+            key = (key * self.key_norm.weight.to(exact)).unflatten(0, (heads, -1))
+            value = (value * self.value_norm.weight.to(exact)).unflatten(0, (heads, -1))
+            self._folded = _Folded(
+                stamp=stamp,
+                query_weight=(scale * query * self.query_norm.weight.to(exact)).to(dtype),
+                query_bias=(scale * (query @ self.query_norm.bias.to(exact) + query_bias)).to(dtype),
+                key=key.to(dtype),
+                value=value.to(dtype),
+                mlp_weight=out.to(dtype),
+                mlp_bias=(out @ constant + through).to(dtype),
+                sources=sources,
             )
-            self._folded = _Folded(stamp, *(part.to(dtype) for part in parts), sources)
         return self._folded
 
     @torch.no_grad()

@@ -1,0 +1,1172 @@
+"""FlexTok's autoregressive generators: ordered tokens one after the other, from a class or a caption, to any length.
+
+Source: Bachmann, Allardice, Mizrahi et al., "FlexTok" (arXiv 2502.13967), section 4; the published models come with the
+paper on searching over token prefixes (arXiv 2604.15453). Because the tokens go from coarse to fine, a prefix is a whole
+image: one can stop anywhere, branch anywhere, and judge candidates by their first tokens.
+
+Top to bottom: configuration and network; objective; what a sampler keeps; sampling, branching, search; the authors' files.
+
+Letters: B images, R rows (samples of an image, side by side), N tokens, L positions, T caption tokens, D channels, H heads,
+C channels of a head, V codes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vistok.errors import InvalidInputError
+from vistok.files import read_state_dict
+from vistok.kernels import filter_logits
+from vistok.nn import sampling
+from vistok.nn.cache import KVCache, LayerCache
+from vistok.nn.model import VistokModel
+from vistok.nn.norms import RMSNorm
+from vistok.nn.sampling import Generators, Step, TokenChecks
+from vistok.nn.text import TextCondition
+from vistok.nn.transformer import feed_forward_size
+from vistok.registry import Published
+from vistok.tokens import VisualTokens
+
+__all__ = ["Branches", "FlexTokAR", "Score", "SearchResult"]
+
+Score: TypeAlias = Callable[[VisualTokens, Tensor], Tensor]
+"""(candidates [M, n], int64 [M]: which image of the batch each is for) -> float [M]; greater is better."""
+
+# name -> (layers, width)
+SIZES = {"113m": (12, 768), "382m": (18, 1152), "1b": (26, 1664), "3b": (36, 2304)}
+
+
+def _published() -> dict[str, Published]:
+    entries = {}
+    for size, kind in (("113m", "t2i"), ("382m", "t2i"), ("1b", "t2i"), ("3b", "t2i"), ("1b", "c2i")):
+        layers, width = SIZES[size]
+        text = kind == "t2i"
+        name = f"flexar-{size}.{kind}"
+        hub = f"FlexAR-{size.upper()}-{kind.upper()}"
+        entries[name] = Published(
+            name=name,
+            system="flextok-ar",
+            config={
+                "num_layers": layers,
+                "hidden_size": width,
+                "num_heads": width // 64,
+                "num_classes": None if text else 1000,
+                "caption_dim": 2048 if text else None,
+            },
+            hub_id=f"EPFL-VILAB/{hub}",
+            hub_file="model.safetensors",
+            licence="see the Hub repository",
+            paper="arXiv:2502.13967",
+            origin="EPFL-VILAB/search-over-tokens",
+            image_size=256,
+            num_tokens=256,
+            codebook_size=64000,
+            tokenizer="flextok-d18-d28.dfn" if text else "flextok-d18-d28.imagenet",
+            text_encoder="google/flan-t5-xl" if text else None,
+        )
+    return entries
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm computed in float32 and cast back."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape [..., D]."""
+        normed = functional.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+def _norm(kind: str, size: int, eps: float) -> nn.Module:
+    if kind not in ("layer", "rms"):
+        raise InvalidInputError(f"norm_type must be 'layer' or 'rms'; got {kind!r}")
+    return LayerNorm(size, eps) if kind == "layer" else RMSNorm(size, eps)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What captions contribute to one layer: keys and values [R, H, T, C], and bool mask [R, 1, 1, T] or None."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+    def select(self, rows: Tensor) -> Caption:
+        """Some of the rows, or some several times."""
+        mask = None if self.mask is None else self.mask.index_select(0, rows)
+        return Caption(self.keys.index_select(0, rows), self.values.index_select(0, rows), mask)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention, one product for queries, keys and values, scale C^-1/2."""
+
+    def __init__(self, size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] | None, bias: bool) -> None:
+        super().__init__()
+        self.head_dim = size // num_heads
+        self.qkv = nn.Linear(size, 3 * size, bias=bias)
+        self.proj = nn.Linear(size, size, bias=bias)
+        self.q_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
+        self.k_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
+
+    def forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
+        """[R, L, D] -> [R, L, D]; keys and values are appended to the cache."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).transpose(1, 3).unbind(2)
+        query, key = self.q_norm(query), self.k_norm(key)
+        before = 0
+        if cache is not None:
+            before = cache.length
+            key, value = cache.append(key, value)
+        length, mask = x.shape[1], None
+        if before and length > 1:
+            mask = torch.ones(length, before + length, dtype=torch.bool, device=x.device).tril(before)
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=not before and length > 1
+        )
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to caption tokens, whose keys and values are computed once a caption."""
+
+    def __init__(self, size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] | None, bias: bool) -> None:
+        super().__init__()
+        self.head_dim = size // num_heads
+        self.q = nn.Linear(size, size, bias=bias)
+        self.kv = nn.Linear(size, 2 * size, bias=bias)
+        self.proj = nn.Linear(size, size, bias=bias)
+        self.q_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
+        self.k_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
+
+    def prepare(self, text: Tensor, mask: Tensor | None) -> Caption:
+        """Keys and values of embedded captions [R, T, D] with their valid tokens, bool [R, T]."""
+        keys, values = self.kv(text).unflatten(-1, (2, -1, self.head_dim)).transpose(1, 3).unbind(2)
+        return Caption(self.k_norm(keys), values, None if mask is None else mask[:, None, None])
+
+    def forward(self, x: Tensor, caption: Caption) -> Tensor:
+        """[R, L, D] -> [R, L, D]."""
+        query = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
+        attended = functional.scaled_dot_product_attention(query, caption.keys, caption.values, attn_mask=caption.mask)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU with gate and up in one product, or fc2( gelu(fc1 x) )."""
+
+    def __init__(self, size: int, hidden: int, gated: bool, bias: bool) -> None:
+        super().__init__()
+        self.gated = gated
+        self.fc1 = nn.Linear(size, 2 * hidden if gated else hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        if not self.gated:
+            return self.fc2(functional.gelu(self.fc1(x)))
+        gate, up = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(functional.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """x + self-attention, then (with captions) x + cross-attention, then x + feed-forward, each on normed input."""
+
+    def __init__(
+        self,
+        size: int,
+        num_heads: int,
+        hidden: int,
+        *,
+        norm: Callable[[int], nn.Module],
+        text: bool,
+        qk_norm: bool,
+        cross_qk_norm: bool,
+        gated_mlp: bool,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = norm(size)
+        self.attention = SelfAttention(size, num_heads, norm if qk_norm else None, bias)
+        if text:
+            self.cross_norm = norm(size)
+            self.cross_attention = CrossAttention(size, num_heads, norm if cross_qk_norm else None, bias)
+        self.mlp_norm = norm(size)
+        self.feed_forward = FeedForward(size, hidden, gated_mlp, bias)
+
+    def forward(self, x: Tensor, caption: Caption | None = None, cache: LayerCache | None = None) -> Tensor:
+        """[R, L, D] -> [R, L, D]."""
+        x = x + self.attention(self.attention_norm(x), cache)
+        if caption is not None:
+            x = x + self.cross_attention(self.cross_norm(x), caption)
+        return x + self.feed_forward(self.mlp_norm(x))
+
+
+def sincos_positions(size: int, count: int, kind: str) -> Tensor:
+    """Fixed positions [N, D]: the first row, that of the start token, is zero; then come places 0, 1, ...
+
+    `"sincos1d"` counts along a sequence: the half of the channels that would hold the column stays constant.
+    `"sincos2d"` counts in raster order over a square.
+    """
+    side = math.isqrt(count)
+    if kind == "sincos2d" and side * side != count:
+        raise InvalidInputError(f"sincos2d positions need a square number of tokens; got {count}")
+    if size % 4:
+        raise InvalidInputError(f"sincos positions need channels divisible by 4; got {size}")
+    place = torch.arange(count, dtype=torch.float64)
+    column = place % side if kind == "sincos2d" else torch.zeros_like(place)
+    row = place // side if kind == "sincos2d" else place
+    omega = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float64) / (size / 4))
+    angles = [torch.outer(column, omega), torch.outer(row, omega)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+    return torch.cat([torch.zeros(1, size), table[:-1]])
+
+
+class FlexTokAR(VistokModel):
+    """Autoregressive generator of FlexTok's tokens.
+
+    Class-conditional with `num_classes`, text-conditional with `caption_dim` (and `num_classes=None`). The class vector is
+    added to the start token; captions are read by cross-attention.
+
+    Args:
+        vocab_size: entries of the tokenizer's codebook, V.
+        hidden_size: channels D.
+        num_layers: blocks.
+        num_heads: attention heads H.
+        num_tokens: N, the most tokens an image can have.
+        mlp_hidden_size: hidden width of the feed-forward layers; None is 2/3 of 4 D rounded up to a multiple of 256, or 4 D
+            without a gate.
+        gated_mlp: SwiGLU instead of GELU.
+        norm_type: `"layer"` or `"rms"`.
+        norm_eps: inside its root.
+        qk_norm, cross_qk_norm: normalise queries and keys of self- and cross-attention a head.
+        positions: `"absolute"` (learned), `"sincos1d"`, `"sincos2d"` or `"none"`.
+        bias: biases of attention and feed-forward layers.
+        head_norm, head_bias: a further norm before the head, and its bias.
+        num_classes: classes, without the null class; None for a text-conditional model.
+        caption_dim: channels of the text features; None for a class-conditional model.
+        num_condition_tokens: caption length that a pipeline pads to; cross-attention takes any.
+        condition_dropout: probability of the null condition in training.
+
+    Raises:
+        InvalidInputError: if the arguments do not fit each other.
+    """
+
+    system = "flextok-ar"
+    published: ClassVar[dict[str, Published]] = _published()
+    sampling_defaults: ClassVar[dict[str, Any]] = {
+        "guidance_scale": 1.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "num_tokens": None,
+    }
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 64000,
+        hidden_size: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        num_tokens: int = 256,
+        mlp_hidden_size: int | None = None,
+        gated_mlp: bool = True,
+        norm_type: str = "layer",
+        norm_eps: float = 1e-5,
+        qk_norm: bool = False,
+        cross_qk_norm: bool = False,
+        positions: str = "absolute",
+        bias: bool = False,
+        head_norm: bool = False,
+        head_bias: bool = False,
+        num_classes: int | None = 1000,
+        caption_dim: int | None = None,
+        num_condition_tokens: int = 120,
+        condition_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if (num_classes is None) == (caption_dim is None):
+            raise InvalidInputError("give either num_classes (class-conditional) or caption_dim (text-conditional)")
+        if hidden_size % num_heads:
+            raise InvalidInputError(f"hidden_size must be a multiple of num_heads; got {hidden_size} and {num_heads}")
+        if positions not in ("absolute", "sincos1d", "sincos2d", "none"):
+            raise InvalidInputError(
+                f"positions must be 'absolute', 'sincos1d', 'sincos2d' or 'none'; got {positions!r}"
+            )
+        if not 0.0 <= condition_dropout < 1.0:
+            raise InvalidInputError(f"condition_dropout must lie in [0, 1); got {condition_dropout}")
+        self.vocab_size, self.num_tokens, self.num_classes = vocab_size, num_tokens, num_classes
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.condition_dropout, self.gradient_checkpointing = condition_dropout, False
+        self.num_condition_tokens = num_condition_tokens if num_classes is None else 1
+        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
+        self.start = nn.Parameter(torch.empty(1, 1, hidden_size))
+        if positions == "absolute":
+            self.position_table = nn.Parameter(torch.empty(num_tokens, hidden_size))
+        elif positions == "none":
+            self.position_table = None
+        else:
+            self.register_buffer("position_table", sincos_positions(hidden_size, num_tokens, positions))
+        if num_classes is not None:
+            self.class_embedding = nn.Embedding(num_classes, hidden_size)
+        else:
+            assert caption_dim is not None
+            self.text_mlp = nn.ModuleDict(
+                {
+                    "fc1": nn.Linear(caption_dim, caption_dim, bias=False),
+                    "fc2": nn.Linear(caption_dim, hidden_size, bias=False),
+                }
+            )
+            # Features of the empty caption. Not in the authors' files: see `set_null_text`.
+            self.null_text = nn.Parameter(torch.empty(1, caption_dim))
+
+        def make_norm(size: int) -> nn.Module:
+            return _norm(norm_type, size, norm_eps)
+
+        if mlp_hidden_size is None:
+            mlp_hidden_size = feed_forward_size(hidden_size, 256) if gated_mlp else 4 * hidden_size
+        self.layers = nn.ModuleList(
+            Layer(
+                hidden_size,
+                num_heads,
+                mlp_hidden_size,
+                norm=make_norm,
+                text=num_classes is None,
+                qk_norm=qk_norm,
+                cross_qk_norm=cross_qk_norm,
+                gated_mlp=gated_mlp,
+                bias=bias,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = make_norm(hidden_size)
+        self.output_norm = make_norm(hidden_size) if head_norm else nn.Identity()
+        self.head = nn.Linear(hidden_size, vocab_size, bias=head_bias)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal with deviation 0.02, smaller by the depth for what adds to the residual stream."""
+        residual = 0.02 / math.sqrt(2 * len(self.layers))
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                narrow = name.endswith(("proj.weight", "fc2.weight")) and name.startswith("layers.")
+                nn.init.normal_(parameter, std=residual if narrow else 0.02)
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> FlexTokAR:
+        """Random weights in eval mode, builds in milliseconds: 16 tokens of 64 codes, 10 classes."""
+        arguments: dict[str, Any] = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_tokens": 16,
+            "mlp_hidden_size": 64,
+            "num_classes": None if "caption_dim" in overrides else 10,
+        }
+        model = cls(**{**arguments, **overrides})
+        with torch.no_grad():
+            for parameter in model.parameters():  # large enough that every part matters
+                parameter.mul_(8.0) if parameter.std() < 0.1 and parameter.ndim > 1 else None
+        return model.eval()
+
+    @property
+    def is_text_conditional(self) -> bool:
+        """Whether the condition is a caption."""
+        return self.num_classes is None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(1, N): the tokens are one row. They carry no grid themselves."""
+        return 1, self.num_tokens
+
+    def set_null_text(self, features: Tensor) -> None:
+        """Set what guidance contrasts captions with: features [n, caption_dim] of the empty caption.
+
+        The authors' files lack it; `TextEncoder` makes it from `""`. It is saved with the model.
+        """
+        if not self.is_text_conditional or features.ndim != 2 or features.shape[1] != self.null_text.shape[1]:
+            raise InvalidInputError(
+                "features of the empty caption must be [n, caption_dim] of a text-conditional model; "
+                f"got {list(features.shape)}"
+            )
+        if len(features) != len(self.null_text):
+            features = features[-1:]  # T5 makes one token of an empty text; padding in front of it is left out
+        self.null_text = nn.Parameter(features.detach().to(self.null_text))
+
+    # ------------------------------------------------------------------------------------------------------ network
+    def embed(self, ids: Tensor, first: Tensor | None) -> Tensor:
+        """Input of the blocks, [R, L, D].
+
+        Args:
+            ids: int64 [R, n].
+            first: class vectors [R, D] (zeros for none): the sequence begins with the start token, and positions count
+                from 0. None: the ids continue a sequence, and no start token or position is added here.
+        """
+        x = self.token_embedding(ids)
+        if first is None:
+            return x
+        start = self.start + first[:, None]
+        x = torch.cat([start.to(x.dtype), x], dim=1)
+        return x if self.position_table is None else x + self.position_table[: x.shape[1]].to(x.dtype)
+
+    def embed_text(self, features: Tensor) -> Tensor:
+        """Text features [R, T, caption_dim] -> [R, T, D]."""
+        features = features.to(self.text_mlp["fc1"].weight.dtype)
+        return self.text_mlp["fc2"](functional.gelu(self.text_mlp["fc1"](features), approximate="tanh"))
+
+    def run_blocks(self, x: Tensor, captions: Sequence[Caption] | None, cache: KVCache | None = None) -> Tensor:
+        """Normed output of the last block, [R, L, D]: the input of the head."""
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for index, layer in enumerate(self.layers):
+            caption = None if captions is None else captions[index]
+            if recompute:
+                x = self._gradient_checkpointing_func(layer, x, caption)
+            else:
+                x = layer(x, caption, None if cache is None else cache.layers[index])
+        return self.output_norm(self.norm(x))
+
+    def captions(self, text: Tensor, mask: Tensor | None) -> list[Caption]:
+        """Keys and values of embedded captions [R, T, D] for every layer."""
+        return [layer.cross_attention.prepare(text, mask) for layer in self.layers]
+
+    def forward(
+        self, ids: Tensor, condition: Tensor | TextCondition, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Logits of every token from the condition and the tokens before it (teacher forcing).
+
+        Args:
+            ids: int64 [B, n], n <= N; the last one is not read.
+            condition: labels int64 [B], or a `TextCondition` [B, T, caption_dim].
+            generator: draws the condition dropout in training.
+
+        Returns:
+            float32 [B, n, V].
+        """
+        batch, device = len(ids), ids.device
+        drop = torch.zeros(batch, dtype=torch.bool, device=device)
+        if self.training and self.condition_dropout:
+            drop = sampling.uniform((batch,), generator, device) < self.condition_dropout
+        captions = None
+        if isinstance(condition, TextCondition):
+            features, mask = condition.features, condition.mask
+            if mask is None:
+                mask = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
+            # The empty caption takes the last place, where captions end, and hides the others.
+            empty = functional.pad(self.null_text[-1:], (0, 0, features.shape[1] - 1, 0)).to(features.dtype)
+            last = torch.arange(features.shape[1], device=device) == features.shape[1] - 1
+            features = torch.where(drop[:, None, None], empty, features)
+            mask = torch.where(drop[:, None], last, mask)
+            captions = self.captions(self.embed_text(features), mask)
+            first = self.start.new_zeros(batch, self.start.shape[2])
+        else:
+            first = self.class_embedding(condition).masked_fill(drop[:, None], 0.0)
+        hidden = self.run_blocks(self.embed(ids[:, :-1], first), captions)
+        return self.head(hidden).float()
+
+    def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Mean cross-entropy of the next token.
+
+        Args:
+            batch: `ids` int64 [B, n], the first n tokens of each image; `labels` int64 [B], or `text_features` [B, T,
+                caption_dim] with `text_mask` bool [B, T]; optionally `valid` [B], samples that count.
+            generator: draws the condition dropout.
+        """
+        for key in ("ids", "text_features" if self.is_text_conditional else "labels"):
+            if key not in batch:
+                given = ", ".join(sorted(batch)) or "none"
+                raise InvalidInputError(f"this {type(self).__name__} trains on batches with {key!r}; got {given}")
+        ids = batch["ids"]
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.num_tokens:
+            raise InvalidInputError(f"ids must be [B, n] with n in 1..{self.num_tokens}; got {list(ids.shape)}")
+        condition: Tensor | TextCondition
+        if self.is_text_conditional:
+            condition = TextCondition(batch["text_features"], batch.get("text_mask"))
+        else:
+            condition = batch["labels"]
+        logits = self(ids, condition, generator=generator)
+        losses = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+        if batch.get("valid") is None:
+            return {"loss": losses.mean()}
+        weights = batch["valid"][:, None].expand_as(losses).to(losses.dtype)
+        return {"loss": (losses * weights).sum() / weights.sum().clamp_min(1.0)}
+
+    # --------------------------------------------------------------------------------------------- what is accepted
+    def check_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
+        """The condition on the model's device, or an InvalidInputError that says what was expected."""
+        name = type(self).__name__
+        if self.is_text_conditional:
+            if not isinstance(condition, TextCondition):
+                raise InvalidInputError(
+                    f"this {name} is text-conditional: give a TextCondition (see TextEncoder), "
+                    f"not {type(condition).__name__}"
+                )
+            size = self.null_text.shape[1]
+            if condition.features.shape[2] != size or not len(condition):
+                raise InvalidInputError(
+                    f"text features must be [B, T, {size}] for this model; got {list(condition.features.shape)}: "
+                    "was another text encoder used?"
+                )
+            if not bool(torch.isfinite(condition.features).all()):
+                raise InvalidInputError("text features contain NaN or infinity")
+            if condition.mask is not None and not bool(condition.mask.any(1).all()):
+                raise InvalidInputError("a caption has no valid token: the empty caption has one, its end token")
+            return condition.to(self.device)
+        if not isinstance(condition, Tensor) or condition.dtype != torch.int64 or condition.ndim != 1:
+            given = (
+                f"{condition.dtype} {list(condition.shape)}"
+                if isinstance(condition, Tensor)
+                else type(condition).__name__
+            )
+            raise InvalidInputError(f"this {name} is class-conditional: give class labels as int64 [B], not {given}")
+        assert self.num_classes is not None
+        if not len(condition):
+            raise InvalidInputError("no class labels were given; expected at least one")
+        low, high = int(condition.min()), int(condition.max())
+        if low < 0 or high >= self.num_classes:
+            raise InvalidInputError(f"class labels must lie in 0..{self.num_classes - 1}; got {low}..{high}")
+        return condition.to(self.device)
+
+    def check_settings(self, generator: Generators, batch: int, **settings: Any) -> None:
+        """Raise InvalidInputError if a sampling setting for `batch` images is out of range."""
+        given = {**self.sampling_defaults, **settings}
+        self._check_length(given.pop("num_tokens"))
+        sampling.check_sampling(**given, guidance_interval=None, generator=generator, batch=batch)
+        if given["guidance_scale"] > 1.0 and self.is_text_conditional and not bool(self.null_text.isfinite().all()):
+            raise InvalidInputError(
+                "guidance needs the features of the empty caption, which the authors' files do not hold: call "
+                "set_null_text(), give null_condition, or use guidance_scale=1"
+            )
+
+    def _check_length(self, num_tokens: int | None) -> int:
+        if num_tokens is None:
+            return self.num_tokens
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or not 1 <= num_tokens <= self.num_tokens:
+            raise InvalidInputError(f"num_tokens must be an integer in 1..{self.num_tokens}; got {num_tokens!r}")
+        return num_tokens
+
+    def known_tokens(self, prefix: VisualTokens | None, batch: int, grid: Sequence[int] | None = None) -> Tensor:
+        """Ids int64 [B, n] of a prefix on the model's device; [B, 0] for None.
+
+        Raises:
+            InvalidInputError: if it does not hold ids of `batch` images, of equal length and inside the codebook.
+        """
+        if prefix is None:
+            return torch.zeros(batch, 0, dtype=torch.int64, device=self.device)
+        if prefix.ids is None or len(prefix) != batch or prefix.grid is not None:
+            raise InvalidInputError(
+                f"a prefix must hold ordered ids of {batch} images, without a grid; got {len(prefix)} images, ids "
+                f"{'missing' if prefix.ids is None else 'given'}, grid {prefix.grid}"
+            )
+        ids = prefix.ids
+        if prefix.mask is not None:
+            lengths = prefix.mask.sum(1)
+            longest = int(lengths.max())
+            if not bool((prefix.mask[:, :longest]).all()) or bool(prefix.mask[:, longest:].any()):
+                raise InvalidInputError(
+                    "the known tokens of a prefix must be the first ones, equally many in each image"
+                )
+            ids = ids[:, :longest]
+        if ids.shape[1] > self.num_tokens:
+            raise InvalidInputError(f"a prefix can have at most {self.num_tokens} tokens; got {ids.shape[1]}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise InvalidInputError(
+                f"prefix ids must lie in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}"
+            )
+        return ids.to(self.device)
+
+    def _begin(
+        self,
+        condition: Tensor | TextCondition,
+        prefix: VisualTokens | None,
+        num_tokens: int | None,
+        null_condition: TextCondition | None,
+        class_zero_guidance: bool,
+        settings: Mapping[str, Any],
+        generator: Generators,
+    ) -> _Writer:
+        """Check every argument of a sampler, then read condition and prefix."""
+        if self.training:
+            raise InvalidInputError(
+                f"this {type(self).__name__} is in training mode, where conditions are dropped: call eval() first"
+            )
+        condition = self.check_condition(condition)
+        scale = settings["guidance_scale"]
+        checked = dict(settings) if null_condition is None else {**settings, "guidance_scale": 1.0}
+        self.check_settings(generator, len(condition), num_tokens=num_tokens, **checked)
+        if not 0.0 <= scale < float("inf"):
+            raise InvalidInputError(f"guidance_scale must be a number >= 0 (up to 1 means no guidance); got {scale}")
+        ids = self.known_tokens(prefix, len(condition))
+        total = self._check_length(num_tokens)
+        if ids.shape[1] > total:
+            raise InvalidInputError(f"the prefix has {ids.shape[1]} tokens, which is more than num_tokens={total}")
+        if null_condition is not None:
+            if not isinstance(self.check_condition(null_condition), TextCondition) or len(null_condition) != 1:
+                raise InvalidInputError("null_condition must be the TextCondition of one empty caption")
+            null_condition = null_condition.to(self.device)
+        if class_zero_guidance and self.is_text_conditional:
+            raise InvalidInputError("class_zero_guidance is about classes; this model is text-conditional")
+        return _Writer(self, condition, ids, total, scale, null_condition, class_zero_guidance)
+
+    # ----------------------------------------------------------------------------------------------------- sampling
+    def sample(
+        self,
+        condition: Tensor | TextCondition,
+        *,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: Generators = None,
+        num_tokens: int | None = None,
+        prefix: VisualTokens | None = None,
+        grid: Sequence[int] | None = None,
+        null_condition: TextCondition | None = None,
+        class_zero_guidance: bool = False,
+    ) -> Iterator[Step]:
+        """Write tokens one by one, coarse to fine; what a step yields is a whole image for the tokenizer.
+
+        A step runs one position a row: keys and values of earlier ones are kept, captions are read once, and guidance
+        acts on the last hidden state, before one product with the head.
+
+        Args:
+            condition: class labels int64 [B], or a `TextCondition`.
+            guidance_scale: u + s (c - u); up to 1 is no guidance. The authors use 1.5 for classes and 3 for captions.
+            temperature: divides the logits; 0 is greedy.
+            top_k: keep the k best tokens; 0 keeps all.
+            top_p: then keep the smallest set with this probability; 1 keeps all.
+            generator: one for all images, or one an image (each image then does not depend on the others).
+            num_tokens: where to stop, 1..N; None is N.
+            prefix: known first tokens, which are kept.
+            grid: None or (1, N); other generators write other grids.
+            null_condition: one empty caption, instead of the model's own.
+            class_zero_guidance: reproduce the authors' sampler, whose unconditional rows are those of class 0 from the
+                second written token on.
+
+        Yields:
+            A `Step` for each written token, whose tokens [B, n] end with it.
+
+        Raises:
+            InvalidInputError: at once, if an argument is out of range.
+            InvalidOutputError: NaN logits (with CUDA, after the last step).
+        """
+        if grid is not None and tuple(grid) != self.grid:
+            raise InvalidInputError(f"FlexTok's tokens are a sequence: grid must be None or {self.grid}; got {grid}")
+        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        with torch.no_grad():
+            writer = self._begin(
+                condition, prefix, num_tokens, null_condition, class_zero_guidance, settings, generator
+            )
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        return self._write(writer, choice)
+
+    @torch.no_grad()
+    def _write(self, writer: _Writer, choice: Mapping[str, Any]) -> Iterator[Step]:
+        start = writer.ids.shape[1]
+        total = writer.total - start
+        for index in range(total):
+            writer.write(writer.choose(**choice), last=index + 1 == total)
+            tokens = VisualTokens(ids=writer.ids.clone())
+            yield Step(index, total, tokens, torch.tensor([start + index]))
+
+    def generate(self, condition: Tensor | TextCondition, **settings: Any) -> VisualTokens:
+        """All tokens at once: the last step of `sample`, which documents the settings."""
+        tokens = settings.get("prefix")  # nothing is left to write if it is complete
+        for step in self.sample(condition, **settings):
+            tokens = step.tokens
+        assert tokens is not None
+        return VisualTokens(ids=tokens.ids)
+
+    @torch.no_grad()
+    def branch(
+        self,
+        condition: Tensor | TextCondition,
+        num_branches: int,
+        *,
+        branch_at: int | None = None,
+        distinct: bool = True,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: Generators = None,
+        num_tokens: int | None = None,
+        prefix: VisualTokens | None = None,
+        null_condition: TextCondition | None = None,
+        class_zero_guidance: bool = False,
+    ) -> Branches:
+        """Several continuations of each image from a common beginning, which is computed once.
+
+        Args:
+            condition: see `sample`.
+            num_branches: M continuations of each image.
+            branch_at: tokens that the branches of an image share (at least those of the prefix); None is all but the
+                last, as the authors' `num_samples` does. 0 gives independent samples.
+            distinct: the branches of an image differ in the first token after that (draws without replacement; at
+                temperature 0 the M most likely). There must be that many tokens to choose from.
+            guidance_scale, temperature, top_k, top_p, generator, num_tokens, prefix: see `sample`.
+            null_condition, class_zero_guidance: see `sample`.
+
+        Returns:
+            Tokens [B * M, n], the branches of an image side by side, and the log-probability of each.
+
+        Raises:
+            InvalidInputError: an argument out of range.
+        """
+        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        writer = self._begin(condition, prefix, num_tokens, null_condition, class_zero_guidance, settings, generator)
+        start = writer.ids.shape[1]
+        fork = max(writer.total - 1, start) if branch_at is None else branch_at
+        if isinstance(num_branches, bool) or not isinstance(num_branches, int) or num_branches < 1:
+            raise InvalidInputError(f"num_branches must be an integer >= 1; got {num_branches!r}")
+        if not start <= fork < writer.total:
+            raise InvalidInputError(
+                f"branch_at must lie in {start}..{writer.total - 1}, from the end of the prefix to before the last "
+                f"token; got {fork}"
+            )
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        writer.extend(fork, choice)
+        writer.fork(num_branches)
+        if distinct:
+            writer.write(writer.choose_distinct(num_branches, **choice), choice=choice, last=fork + 1 == writer.total)
+        writer.extend(writer.total, choice)
+        return Branches(VisualTokens(ids=writer.ids), writer.log_probs)
+
+    @torch.no_grad()
+    def search(
+        self,
+        condition: Tensor | TextCondition,
+        score: Score,
+        *,
+        num_beams: int = 4,
+        num_candidates: int = 4,
+        schedule: Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: Generators = None,
+        num_tokens: int | None = None,
+        prefix: VisualTokens | None = None,
+        null_condition: TextCondition | None = None,
+    ) -> SearchResult:
+        """Beam search over prefixes with any score, such as that of a verifier on decoded images.
+
+        At each length of the schedule every beam has grown into `num_candidates` samples, which share its cache; the
+        score sees all of them, and the best `num_beams` of an image go on. Best of n is one stop at the full length:
+        `schedule=[num_tokens], num_beams=1, num_candidates=n`.
+
+        Args:
+            condition: see `sample`.
+            score: see `Score`.
+            num_beams: prefixes of an image that survive a stop.
+            num_candidates: samples that each of them grows into.
+            schedule: lengths at which to stop, increasing; None is 1, 2, 4, ... and the last one. The last length is
+                always added.
+            guidance_scale, temperature, top_k, top_p, generator, num_tokens, prefix, null_condition: see `sample`.
+
+        Returns:
+            The best candidate of each image and its score, and what survived each stop.
+
+        Raises:
+            InvalidInputError: an argument out of range, or scores of another shape or NaN.
+        """
+        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        for name, value in (("num_beams", num_beams), ("num_candidates", num_candidates)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"{name} must be an integer >= 1; got {value!r}")
+        writer = self._begin(condition, prefix, num_tokens, null_condition, False, settings, generator)
+        start = writer.ids.shape[1]
+        powers = [1 << power for power in range(writer.total.bit_length())]
+        stops = sorted({int(stop) for stop in (powers if schedule is None else schedule)} | {writer.total})
+        if schedule is None:
+            stops = [stop for stop in stops if stop > start]
+        if not stops or stops[0] <= start or stops[-1] > writer.total:
+            raise InvalidInputError(
+                f"the schedule must lie in {start + 1}..{writer.total} (after the prefix, up to num_tokens); got {stops}"
+            )
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        batch = len(condition)
+        history = []
+        best = torch.zeros(batch, 1, device=self.device)
+        for stop in stops:
+            writer.fork(num_candidates)
+            writer.extend(stop, choice)
+            images = torch.arange(batch, device=self.device).repeat_interleave(writer.rows)
+            found = torch.as_tensor(score(VisualTokens(ids=writer.ids.clone()), images), device=self.device).float()
+            if found.shape != images.shape or bool(found.isnan().any()):
+                raise InvalidInputError(
+                    f"score must return {len(images)} numbers, one a candidate; got {list(found.shape)}"
+                    + (" with NaN" if bool(found.isnan().any()) else "")
+                )
+            kept = min(num_beams if stop < writer.total else 1, writer.rows)
+            best, places = found.view(batch, -1).sort(dim=1, descending=True, stable=True)
+            best, places = best[:, :kept], places[:, :kept]
+            offsets = torch.arange(batch, device=self.device)[:, None] * writer.rows
+            writer.select((places + offsets).flatten(), kept)
+            history.append((VisualTokens(ids=writer.ids.clone()), best.flatten()))
+        return SearchResult(VisualTokens(ids=writer.ids), best[:, 0], history)
+
+    # ------------------------------------------------------------------------------------------- the authors' files
+    @classmethod
+    def from_official(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any], config: str | Mapping[str, Any] | None = None
+    ) -> FlexTokAR:
+        """Load a published generator (see `VistokModel.from_official`).
+
+        What shapes show is read from the weights, because the published configurations are no plain lists of arguments;
+        only the number of heads (64 channels each), the norm's epsilon and fixed tables are taken as usual.
+
+        Args:
+            source: `model.safetensors`, or a state dict.
+            config: a published name, or constructor arguments, which count more than what is read; None reads all.
+        """
+        state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+        known = cls.infer_config(cls.unwrap_official(state))
+        if isinstance(config, str):
+            if config not in cls.published:
+                return super().from_official(state, config)  # raises, naming the nearest
+            known = {**known, **cls.published[config].config}
+        else:
+            known |= dict(config or {})
+        return super().from_official(state, known)
+
+    @classmethod
+    def infer_config(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that the shapes and names of official weights show; {} if these are none."""
+
+        def shape(ending: str) -> tuple[int, ...] | None:
+            return next((tuple(value.shape) for key, value in state.items() if key.endswith(ending)), None)
+
+        embedding = shape("preprocessor.embedding.weight")
+        if embedding is None:
+            return {}
+        blocks = {int(key.split(".blocks.")[1].split(".")[0]) for key in state if ".blocks." in key}
+        classes, text = shape("preprocessor.cls_embedding.weight"), shape("text_encoder.mlp.fc1.weight")
+        hidden = shape("blocks.0.mlp.fc1.weight")
+        layer_norm = shape("post_trunk_norm.bias") is not None or shape("blocks.0.norm_1.bias") is not None
+        table = shape("preprocessor.positional_embedding")
+        known: dict[str, Any] = {
+            "vocab_size": embedding[0],
+            "hidden_size": embedding[1],
+            "num_layers": len(blocks),
+            "num_heads": max(1, embedding[1] // 64),
+            "gated_mlp": shape("blocks.0.mlp.fc3.weight") is not None,
+            "norm_type": "layer" if layer_norm else "rms",
+            "norm_eps": 1e-5 if layer_norm else 1e-6,
+            "qk_norm": shape("blocks.0.self_attn.q_norm.weight") is not None
+            or shape("blocks.0.attn.q_norm.weight") is not None,
+            "cross_qk_norm": shape("blocks.0.cross_attn.q_norm.weight") is not None,
+            "bias": shape("blocks.0.mlp.fc2.bias") is not None,
+            "head_norm": shape("head.norm.weight") is not None,
+            "head_bias": shape("head.linear.bias") is not None,
+            "num_classes": None if classes is None else classes[0],
+            "caption_dim": None if classes is not None or text is None else text[1],
+            "positions": "none" if table is None else "absolute",
+        }
+        if hidden is not None:
+            known["mlp_hidden_size"] = hidden[0]
+        if table is not None:
+            known["num_tokens"] = table[0]
+        return known
+
+    @classmethod
+    def unwrap_official(cls, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The flat state dict, without the tokenizer and the text encoder that may lie beside it."""
+        for key in ("model", "state_dict"):
+            if isinstance(state.get(key), Mapping):
+                return cls.unwrap_official(state[key])
+        kept = {key.removeprefix("model."): value for key, value in state.items()}
+        return {key: value for key, value in kept.items() if "image_tokenizer" not in key and "t5_embedder" not in key}
+
+    @classmethod
+    def rename_official(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official names to ours; parts of one product are joined, and captions get an unset null feature."""
+        text = any(".cross_attn." in key for key in state)
+        renamed: dict[str, Tensor] = {}
+        for key, value in _joined(state).items():
+            for theirs, ours in OFFICIAL_TO_OURS:
+                if key.startswith(theirs):
+                    key = ours + key.removeprefix(theirs)
+                    break
+            if key.startswith("layers."):
+                for theirs, ours in LAYER_TO_OURS:
+                    key = key.replace(theirs, ours)
+                key = key.replace(".norm_2.", ".cross_norm." if text else ".mlp_norm.")
+                key = key.replace(".norm_3.", ".mlp_norm.")
+            renamed[key] = value
+        features = renamed.get("text_mlp.fc1.weight")
+        if features is not None and "null_text" not in renamed:
+            renamed["null_text"] = torch.full((1, features.shape[1]), math.nan, dtype=features.dtype)
+            if features.is_meta:
+                renamed["null_text"] = renamed["null_text"].to("meta")
+        return renamed
+
+    @classmethod
+    def diagnose_official(cls, missing: list[str], unexpected: list[str]) -> str | None:
+        """Recognise the tokenizer."""
+        if any("enc_transformer" in key for key in unexpected):
+            return "This is a FlexTok tokenizer; load it with FlexTok."
+        return None
+
+
+OFFICIAL_TO_OURS = (
+    ("models.ar_image_model.preprocessor.embedding.", "token_embedding."),
+    ("models.ar_image_model.preprocessor.cls_embedding.", "class_embedding."),
+    ("models.ar_image_model.preprocessor.positional_embedding", "position_table"),
+    ("models.ar_image_model.preprocessor.sos_token_embed", "start"),
+    ("models.ar_image_model.trunk.blocks.", "layers."),
+    ("models.ar_image_model.trunk.post_trunk_norm.", "norm."),
+    ("models.ar_image_model.head.linear.", "head."),
+    ("models.ar_image_model.head.norm.", "output_norm."),
+    ("models.text_encoder.mlp.", "text_mlp."),
+)
+LAYER_TO_OURS = (
+    (".cross_attn.Wq.", ".cross_attention.q."),
+    (".cross_attn.", ".cross_attention."),
+    (".self_attn.", ".attention."),
+    (".attn.", ".attention."),
+    (".mlp.", ".feed_forward."),
+    (".norm_1.", ".attention_norm."),
+)
+
+
+def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join keys and values of cross-attention, and the halves of SwiGLU; incomplete pairs stay as they are."""
+    joined = dict(state)
+    for first, second, whole in (
+        (".cross_attn.Wk.", ".cross_attn.Wv.", ".cross_attn.kv."),
+        (".mlp.fc1.", ".mlp.fc3.", ""),
+    ):
+        for key in state:
+            other = key.replace(first, second)
+            if ".blocks." in key and first in key and other in state:
+                parts = torch.cat([joined.pop(key), joined.pop(other)])
+                joined[key.replace(first, whole) if whole else key] = parts
+    return joined
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Continuations of common beginnings.
+
+    Attributes:
+        tokens: ids [B * M, n], the M branches of an image side by side.
+        log_probs: float32 [B * M], of the written tokens under the guided and filtered distribution (at temperature 0:
+            under that of temperature 1).
+    """
+
+    tokens: VisualTokens
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Result of `FlexTokAR.search`.
+
+    Attributes:
+        tokens: ids [B, n], the best candidate of each image.
+        scores: float [B].
+        history: for each stop, the surviving prefixes [B * beams, length] and their scores, best first.
+    """
+
+    tokens: VisualTokens
+    scores: Tensor
+    history: list[tuple[VisualTokens, Tensor]]
+
+
+class _Writer:
+    """What a sampler keeps while it writes: tokens, cache, captions, the last hidden state.
+
+    The conditional rows come first, image by image; with guidance, as many unconditional rows follow.
+
+    Args:
+        model: the generator.
+        condition: checked condition of B images.
+        ids: int64 [B, n], the prefix.
+        total: tokens an image will have.
+        guidance_scale: up to 1 is no guidance.
+        null: one empty caption; None takes the model's.
+        class_zero: see `FlexTokAR.sample`.
+
+    Attributes:
+        rows: samples of an image, side by side.
+        log_probs: float32 [B * rows], of the tokens written with `extend` or with their choice given.
+    """
+
+    def __init__(
+        self,
+        model: FlexTokAR,
+        condition: Tensor | TextCondition,
+        ids: Tensor,
+        total: int,
+        guidance_scale: float,
+        null: TextCondition | None,
+        class_zero: bool,
+    ) -> None:
+        self.model, self.ids, self.total, self.rows = model, ids, total, 1
+        self.images, self.scale, self.guided = len(condition), guidance_scale, guidance_scale > 1.0
+        self.checks = TokenChecks(ids.device)
+        self.log_probs = torch.zeros(self.images, device=ids.device)
+        self.captions: list[Caption] | None = None
+        if isinstance(condition, TextCondition):
+            self.captions = self._read(condition, null)
+            self.first = model.start.new_zeros(len(condition) * (1 + self.guided), model.start.shape[2])
+        else:
+            self.first = model.class_embedding(condition)
+            if self.guided:
+                self.first = torch.cat([self.first, torch.zeros_like(self.first)])
+        self.class_zero = class_zero and self.guided
+        if ids.shape[1] < total:
+            self._prefill()
+
+    def _read(self, text: TextCondition, null: TextCondition | None) -> list[Caption]:
+        """Keys and values of the captions, and with guidance of as many empty ones."""
+        features, mask = text.features.to(self.model.null_text.dtype), text.mask
+        if self.guided:
+            empty = self.model.null_text[None] if null is None else null.features.to(features.dtype)
+            empty_mask = torch.ones(empty.shape[:2], dtype=torch.bool, device=empty.device)
+            if null is not None and null.mask is not None:
+                empty_mask = null.mask
+            if mask is None:
+                mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+            length = max(features.shape[1], empty.shape[1])
+
+            def padded(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+                missing = length - values.shape[1]
+                return functional.pad(values, (0, 0, 0, missing)), functional.pad(valid, (0, missing))
+
+            features, mask = padded(features, mask)
+            empty, empty_mask = padded(empty, empty_mask)
+            features, mask = torch.cat([features, empty]), torch.cat([mask, empty_mask])
+        if mask is not None and bool(mask.all()):
+            mask = None
+        captions = self.model.captions(self.model.embed_text(features), mask)
+        if not self.guided:
+            return captions
+        # The empty caption was read once; its rows are copies.
+        rows = torch.arange(self.images + 1, device=features.device)
+        rows = torch.cat([rows[:-1], rows[-1:].expand(self.images)])
+        return [caption.select(rows) for caption in captions]
+
+    def _prefill(self) -> None:
+        """Run start token and prefix."""
+        model = self.model
+        ids = torch.cat([self.ids, self.ids]) if self.guided else self.ids
+        x = model.embed(ids, self.first)
+        # The last token is never fed, so there are as many slots as tokens.
+        self.cache = KVCache(
+            len(model.layers), len(x), model.num_heads, self.total, model.head_dim, dtype=x.dtype, device=x.device
+        )
+        self.hidden = model.run_blocks(x, self.captions, self.cache)[:, -1]
+
+    def logits(self) -> Tensor:
+        """Guided float32 [B * rows, V] of the next token."""
+        hidden = self.hidden.float()
+        if self.guided:
+            cond, uncond = hidden.chunk(2)
+            hidden = torch.lerp(uncond, cond, self.scale)
+        head = self.model.head
+        return functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+
+    def choose(self, **choice: Any) -> Tensor:
+        """The next token of each row, int64 [B * rows]."""
+        logits = self.logits().unflatten(0, (self.images, self.rows))
+        return sampling.choose_tokens(logits, **choice).flatten()
+
+    def choose_distinct(
+        self, count: int, *, temperature: float, top_k: int, top_p: float, generator: Generators
+    ) -> Tensor:
+        """The next token of each row, where the `count` rows of an image (equal so far) get different ones."""
+        logits = self.logits().unflatten(0, (self.images, self.rows))[:, 0]
+        probabilities = _filtered(logits, temperature, top_k, top_p).softmax(-1)
+        possible = int((probabilities > 0).sum(1).min())
+        if possible < count and not bool(probabilities.isnan().any()):
+            raise InvalidInputError(
+                f"only {possible} tokens are left to choose from by top_k and top_p, and {count} distinct branches are "
+                "asked for; loosen them, or give distinct=False"
+            )
+        race = probabilities
+        if temperature > 0:  # the first ones of an exponential race are draws without replacement
+            race = race / sampling.exponential_noise(tuple(race.shape), generator, race.device)
+        chosen = race.topk(count, dim=1).indices
+        return torch.where(race.isnan().any(1, keepdim=True), -1, chosen).flatten()
+
+    def write(self, chosen: Tensor, *, last: bool, choice: Mapping[str, Any] | None = None) -> None:
+        """Append tokens int64 [B * rows], and run them unless they are the last.
+
+        Args:
+            chosen: -1 where the logits were no numbers.
+            last: nothing will follow.
+            choice: how they were chosen, to add up their log-probabilities; None does not.
+        """
+        chosen = self.checks(chosen, last=last)
+        if choice is not None:
+            filtered = _filtered(self.logits(), choice["temperature"], choice["top_k"], choice["top_p"])
+            picked = filtered.gather(1, chosen[:, None])[:, 0]
+            self.log_probs = self.log_probs + picked - filtered.logsumexp(1)
+        self.ids = torch.cat([self.ids, chosen[:, None]], dim=1)
+        if last:
+            return
+        if self.class_zero:
+            self._become_class_zero()
+            return
+        model = self.model
+        x = model.embed(chosen[:, None], None)
+        if self.guided:
+            x = torch.cat([x, x])
+        if model.position_table is not None:
+            x = x + model.position_table[self.cache.length].to(x.dtype)
+        self.hidden = model.run_blocks(x, self.captions, self.cache)[:, -1]
+
+    def _become_class_zero(self) -> None:
+        """Read everything again, with class 0 in the unconditional rows."""
+        self.class_zero = False
+        cond = self.first.chunk(2)[0]
+        zero = self.model.class_embedding.weight[0].to(cond.dtype).expand_as(cond)
+        self.first = torch.cat([cond, zero])
+        self._prefill()
+
+    def extend(self, length: int, choice: Mapping[str, Any]) -> None:
+        """Write until each row has `length` tokens."""
+        while self.ids.shape[1] < length:
+            self.write(self.choose(**choice), last=self.ids.shape[1] + 1 == self.total, choice=choice)
+
+    def fork(self, copies: int) -> None:
+        """Each row `copies` times, side by side."""
+        rows = torch.arange(self.images * self.rows, device=self.ids.device).repeat_interleave(copies)
+        self.select(rows, self.rows * copies)
+
+    def select(self, rows: Tensor, per_image: int) -> None:
+        """Go on with the rows at `rows`, int64 [B * per_image], of the same images."""
+        held = self.images * self.rows
+        self.ids, self.log_probs = self.ids.index_select(0, rows), self.log_probs.index_select(0, rows)
+        self.rows = per_image
+        everything = torch.cat([rows, rows + held]) if self.guided else rows
+        self.first = self.first.index_select(0, everything)
+        if self.ids.shape[1] == self.total:
+            return
+        self.cache.select_rows(everything)
+        self.hidden = self.hidden.index_select(0, everything)
+        if self.captions is not None:
+            self.captions = [caption.select(everything) for caption in self.captions]
+
+
+def _filtered(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Logits after temperature (0 counts as 1), top-k and top-p; -inf for what is left out."""
+    return filter_logits(logits / (temperature or 1.0), top_k, top_p)
