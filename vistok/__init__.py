@@ -19,12 +19,16 @@ _EXPORTS = {
     "GenerationPipeline": "vistok.generators.pipeline",
     "TextEncoder": "vistok.generators.text",
     "VQModel": "vistok.tokenizers.vq",
+    "SEED": "vistok.tokenizers.seed",
     "KLModel": "vistok.tokenizers.kl",
+    "FlexTok": "vistok.tokenizers.flextok",
     "TokenPacker": "vistok.tokenizers.tokenpacker",
     "LlamaGen": "vistok.generators.llamagen",
     "NAR": "vistok.generators.nar",
     "XAR": "vistok.generators.xar",
     "MAR": "vistok.generators.mar",
+    "HiMAR": "vistok.generators.himar",
+    "FlexTokAR": "vistok.generators.flextok_ar",
 }
 _ROOMS = (
     "controllers",

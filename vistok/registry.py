@@ -58,8 +58,12 @@ SYSTEMS: dict[str, str] = {
     "kl": "vistok.tokenizers.kl:KLModel",
     "llamagen": "vistok.generators.llamagen:LlamaGen",
     "nar": "vistok.generators.nar:NAR",
+    "seed": "vistok.tokenizers.seed:SEED",
     "xar": "vistok.generators.xar:XAR",
     "mar": "vistok.generators.mar:MAR",
+    "himar": "vistok.generators.himar:HiMAR",
+    "flextok": "vistok.tokenizers.flextok:FlexTok",
+    "flextok-ar": "vistok.generators.flextok_ar:FlexTokAR",
     "tokenpacker": "vistok.tokenizers.tokenpacker:TokenPacker",
 }
 

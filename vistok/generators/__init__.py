@@ -10,6 +10,8 @@ _EXPORTS = {
     "NAR": "nar",
     "XAR": "xar",
     "MAR": "mar",
+    "HiMAR": "himar",
+    "FlexTokAR": "flextok_ar",
     "GenerationPipeline": "pipeline",
     "TextEncoder": "text",
 }

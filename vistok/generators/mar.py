@@ -43,7 +43,7 @@ __all__ = ["MAR"]
 
 # name -> (width of encoder and decoder, layers of each, heads, layers and width of the diffusion head)
 SIZES = {"b": (768, 12, 12, 6, 1024), "l": (1024, 16, 16, 8, 1280), "h": (1280, 20, 16, 12, 1536)}
-PARAMETERS = {"b": 207_920_160, "l": 478_332_192, "h": 942_404_896}
+PARAMETERS = {"b": 207_924_768, "l": 478_326_304, "h": 942_403_104}
 OFFICIAL_FILES = {"b": "mar-base", "l": "mar-large", "h": "mar-huge"}
 # The authors' constructor argument -> ours.
 OFFICIAL_NAMES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vistok.kernels.dispatch import BACKENDS, Choice, Declined, current, explain, operations, use
+from vistok.kernels.finite_scalar import finite_scalar, finite_scalar_codes, finite_scalar_quantize
 from vistok.kernels.guided_sampling import filter_logits, guided_sampling
 from vistok.kernels.nearest_code import nearest_code
 
@@ -13,6 +14,9 @@ __all__ = [
     "current",
     "explain",
     "filter_logits",
+    "finite_scalar",
+    "finite_scalar_codes",
+    "finite_scalar_quantize",
     "guided_sampling",
     "nearest_code",
     "operations",

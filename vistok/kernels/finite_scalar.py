@@ -4,8 +4,8 @@ Shape letters: N vectors, C channels, K = product of the levels: the codebook, w
 
 A channel with L levels is squashed to `tanh(z + shift) * (L - 1) * 1.001 / 2 - offset` and rounded half to even, to
 integers from -(L // 2) on; `offset` is 1/2 for an even L, so that its levels lie at integers, too. Digits in 0..L-1 are
-the integers plus L // 2, and the id is the number that they write, the first channel being the lowest digit. Everything is
-computed in float32 (float64 stays), because bfloat16 cannot tell more than 256 ids apart.
+the integers plus L // 2, and the id is the number that they write, the first channel being the lowest digit. Everything
+is computed in float32 (float64 stays), because bfloat16 cannot tell more than 256 ids apart.
 """
 
 from __future__ import annotations

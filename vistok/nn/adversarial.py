@@ -176,7 +176,9 @@ class AdversarialLoss(nn.Module):
             InvalidInputError: without a discriminator.
         """
         if self.discriminator is None:
-            raise InvalidInputError(f"this {type(self).__name__} has no discriminator to train; give one to its constructor")
+            raise InvalidInputError(
+                f"this {type(self).__name__} has no discriminator to train; give one to its constructor"
+            )
         real = self.discriminator(images.float()).float()
         fake = self.discriminator(reconstruction.detach().float()).float()
         weight = self.adversarial_weight if step >= self.adversarial_start else 0.0

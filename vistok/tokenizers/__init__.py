@@ -7,9 +7,11 @@ from typing import Any
 
 _EXPORTS = {
     "CodebookReport": "vq",
+    "SEED": "seed",
     "KLLoss": "kl",
     "KLModel": "kl",
     "KLModelOutput": "kl",
+    "FlexTok": "flextok",
     "TokenPacker": "tokenpacker",
     "VQLoss": "vq",
     "VQModel": "vq",

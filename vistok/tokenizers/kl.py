@@ -1,4 +1,4 @@
-"""KL tokenizers: an image becomes a grid of continuous tokens and back (MAR's KL-16, and any diffusers KL auto-encoder).
+"""KL tokenizers: an image becomes a grid of continuous tokens and back (KL-16, and any diffusers KL auto-encoder).
 
 KL-16: "Autoregressive Image Generation without Vector Quantization", arXiv 2406.11838 (LTH14/mar, MIT): the
 auto-encoder of latent diffusion (arXiv 2112.10752) with 16 x 16 pixels and 16 channels a token, without attention in
@@ -569,7 +569,8 @@ class KLModel(VistokModel, AutoencoderKL):
     @classmethod
     def rename_official(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The CompVis names to diffusers'; attention projections become matrices."""
-        levels = 1 + max((int(found[1]) for key in state if (found := re.match(r"decoder\.up\.(\d+)\.", key))), default=0)
+        numbers = [found[1] for key in state if (found := re.match(r"decoder\.up\.(\d+)\.", key))]
+        levels = 1 + max(map(int, numbers), default=0)
         renamed = {}
         for key, value in state.items():
             name = diffusers_key(key, levels)

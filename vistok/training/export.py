@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vistok.errors import CheckpointError, InvalidInputError
@@ -18,12 +19,14 @@ from vistok.registry import system_class
 from .checkpoint import latest_checkpoint
 from .logs import read_metrics
 from .recipe import FolderRecipe, Recipe, ShapesTokensRecipe, load_recipe
+from .sources import open_source
 
 __all__ = ["MAX_BYTES", "export", "write_model"]
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MAX_BYTES = 4 * 2**20
 LICENCE = "apache-2.0"
+MEASURED_IMAGES, MEASURED_BATCH = 512, 64  # of a KL tokenizer's latents
 
 
 def export(
@@ -92,6 +95,9 @@ def write_model(
             f"{recipe.name} takes {size / 2**20:.2f} MiB in {str(dtype).removeprefix('torch.')}; at most "
             f"{max_bytes / 2**20:.2f} MiB may ship: train a smaller network"
         )
+    if hasattr(model, "measure_latents") and "scaling_factor" not in recipe.model.config:
+        model.load_state_dict(weights)
+        model.register_to_config(scaling_factor=round(_latent_scale(recipe, model.eval()), 4))
     facts = _facts(recipe, model)
     step = int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"])
     figures = _last_figures(read_metrics(run_dir))
@@ -127,6 +133,16 @@ def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
         facts["class_names"] = _class_names(recipe)
         facts["sampling"] = recipe.sampling.given
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _latent_scale(recipe: Recipe, model: Any) -> float:
+    """What brings the latents of the training data to standard deviation 1."""
+    source = open_source(recipe, tokenizer=None, cache=Path(), device=torch.device("cpu"))
+    batches = (
+        source.batch(np.arange(first, first + MEASURED_BATCH))["images"].float() / 127.5 - 1
+        for first in range(0, MEASURED_IMAGES, MEASURED_BATCH)
+    )
+    return model.measure_latents(batches, generator=torch.Generator().manual_seed(recipe.seed)).scaling_factor
 
 
 def _class_names(recipe: Recipe) -> list[str] | None:

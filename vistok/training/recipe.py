@@ -101,7 +101,7 @@ class ShapesTokensRecipe:
         objects: least and greatest number of objects in a scene.
         scenes: number of distinct scenes.
         condition: what the generator is told: `class` needs scenes of one object.
-        pivot_size: also encode each scene at this side in pixels, for generators with low-resolution pivots; 0 does not.
+        pivot_size: also encode each scene at this side in pixels, for generators with low-resolution pivots; 0: none.
     """
 
     source: Literal["shapes-tokens"]

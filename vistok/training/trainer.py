@@ -455,6 +455,9 @@ class Trainer:
         factor = lr_factor(recipe.schedule, self.step, recipe.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * factor
+        scenes = getattr(getattr(self.source, "order", None), "size", None)
+        if hasattr(self.model, "epoch") and scenes is not None:  # networks whose objective changes over the epochs
+            self.model.epoch = self.step * recipe.batch_size / scenes
         scalars: dict[str, Tensor] = {}
         for number in range(recipe.gradient_accumulation):
             seed_everything(recipe.seed, self.step, number, self.accelerator.process_index)
@@ -513,8 +516,8 @@ class Trainer:
 
     def pivot_size(self, images: Tensor) -> int:
         """Side in pixels of the small copies that the generator wants; 0 for none."""
-        ratio = getattr(self.model, "pivot_ratio", None)
-        return 0 if ratio is None else round(images.shape[-1] * ratio)
+        pivots = getattr(self.model, "pivot_grid", None)
+        return 0 if pivots is None else images.shape[-1] * pivots[1] // self.model.grid[1]
 
     def _averages(self, window: dict[str, Tensor], steps: int) -> dict[str, float]:
         """Means over the window and over the processes; refuses to go on from a loss that is no number."""

@@ -38,7 +38,6 @@ from vistok.tokenizers.flextok.flow import (
     next_power_of_two,
     noise_levels,
 )
-from vistok.tokens import VisualTokens
 
 SYSTEM = "flextok"
 
@@ -429,7 +428,7 @@ def packing(g: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def nested_dropout(g: Any) -> dict[str, Tensor]:
     x = g.inputs["x"]
-    count, total, size = x.shape
+    count, total, _ = x.shape
     model = FlexTok.tiny(num_registers=total, decoder_size=32).decoder
     # The decoder's registers are checked on the recorded rows themselves: nothing is added to them.
     model.mask_token.data = g.weights["dropout_mask_token"]

@@ -202,6 +202,8 @@ def reference_fixes(g: Any) -> dict[str, Tensor]:
 
 
 def settings_of(variant: dict[str, Any]) -> DeLeakerSettings:
+    if variant.get("use_binary_history"):
+        raise ValueError("use_binary_history has no published definition")
     return DeLeakerSettings(
         aggregate_from=variant["start_aggregating_from"],
         aggregate_until=variant["stop_aggregating_at"],

@@ -56,14 +56,15 @@ def replayed(**functions: Any) -> Iterator[None]:
             patch.stop()
 
 
-def queue(draws: Sequence[Tensor]) -> Any:
-    """A `gaussian_noise` that gives recorded draws one after the other."""
+def queue(draws: Sequence[Tensor], *, sized: bool = True) -> Any:
+    """A function of a shape (or, not `sized`, of a count) that gives recorded draws one after the other."""
     left = list(draws)
 
-    def draw(shape: Sequence[int], generator: object, device: object) -> Tensor:
+    def draw(shape: Sequence[int] | int, *_: object) -> Tensor:
         taken = left.pop(0)
-        assert taken.numel() == int(np.prod(shape)), f"recorded {list(taken.shape)}, asked for {list(shape)}"
-        return taken.reshape(tuple(shape))
+        wanted = tuple(shape) if sized else (shape,)
+        assert taken.numel() == int(np.prod(wanted)), f"recorded {list(taken.shape)}, asked for {list(wanted)}"
+        return taken.reshape(wanted)
 
     return draw
 

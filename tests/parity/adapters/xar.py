@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.parity.replay import check_meta_model
-from vistok.generators import xar
-from vistok.generators.xar import XAR, Block, EntityRun, axial_rotation, entity_layout
+from vistok.generators.xar import XAR, EntityRun, entity_layout
+from vistok.generators.xar import model as xar_model
+from vistok.generators.xar.network import Block, axial_rotation
 from vistok.nn import diffusion, flow, sampling
 from vistok.nn.diffusion_head import timestep_features
 from vistok.nn.masked import patchify, unpatchify
@@ -136,8 +137,8 @@ def block_train(g: Any) -> dict[str, Tensor]:
         attention_dropout=0.0,
         projection_dropout=0.0,
     )
-    renamed = XAR.rename_official({f"blocks.0.{key}": value for key, value in g.weights.items()})
-    state = {key.removeprefix("blocks.0."): value for key, value in renamed.items()}
+    state = XAR.rename_official({f"block.{key}": value for key, value in g.weights.items()})
+    state = {key.removeprefix("block."): value for key, value in state.items()}
     problems = describe_mismatch(block.state_dict(), state)
     assert not problems, problems
     block.load_state_dict(state)
@@ -156,17 +157,15 @@ def block_train(g: Any) -> dict[str, Tensor]:
     x = g.inputs["x"].clone().requires_grad_()
     condition = g.inputs["condition"].clone().requires_grad_()
     activated = functional.silu(condition.view(entities, batch, size).transpose(0, 1))
-    attend = model._training_attention(block, False)
-    rotation = model._rotation(size // g.config["num_heads"])
-    y = xar._run_block(block, x.unflatten(1, (entities, -1)), activated, None, rotation, attend).flatten(1, 2)
+    attend = model.training_attention(0.0, False)
+    rotation = model.rotation(size // g.config["num_heads"])
+    y = block(x.unflatten(1, (entities, -1)), activated, None, rotation, attend).flatten(1, 2)
     (y * g.inputs["cotangent"]).sum().backward()
-    holder = mock.Mock(encoder_blocks=[block])
-    gradients = XAR.split_official(holder, {f"b.{name}": value.grad for name, value in block.named_parameters()})
     return {
         "y": y,
         "grad_x": x.grad,
         "grad_condition": condition.grad,
-        **{f"grad.{name.removeprefix('b.')}": value for name, value in gradients.items()},
+        **{f"grad.{name}": value.grad for name, value in block.named_parameters()},
     }
 
 
@@ -183,7 +182,7 @@ def train(g: Any) -> dict[str, Tensor]:
     with recorded([g.inputs["time_normal"], noise], g.inputs["label_drop_u"]):
         loss = model.training_loss(batch)["loss"]
     loss.backward()
-    found = model.split_official({name: value.grad for name, value in model.named_parameters()})
+    found = {name: value.grad for name, value in model.named_parameters()}
     rows = torch.cat([g.inputs["labels"], torch.tensor([model.num_classes])])
     return {
         **seen,
@@ -250,7 +249,7 @@ def sample(g: Any) -> dict[str, Tensor]:
         draws.append(start)
         if solver == "euler_maruyama":
             draws += list(g.inputs["noise"][entity])
-    with recorded(draws), mock.patch.object(xar, "EntityRun", Recorder):
+    with recorded(draws), mock.patch.object(xar_model, "EntityRun", Recorder):
         tokens = model.generate(
             g.inputs["labels"],
             guidance_scale=float(g.call["cfg"]),
@@ -275,9 +274,10 @@ def manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
     buffers = {key for key in keys if key == "mask" or ".rope." in key}
     with torch.device("meta"):
         model = XAR(**entry.config)
-    official = {key: value.shape for key, value in model.split_official(model.state_dict()).items()}
-    assert {key: torch.Size(keys[key][0]) for key in keys.keys() - buffers} == official
-    assert sum(math.prod(shape) for shape in official.values()) == entry.parameters
+    assert {key: torch.Size(keys[key][0]) for key in keys.keys() - buffers} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+    assert sum(parameter.numel() for parameter in model.parameters()) == entry.parameters
     length = model.layout.length
     assert keys["mask"][0] == (1, 1, length, length)
 

@@ -344,7 +344,6 @@ class LeakageFix(PromptController):
                     if prompt not in rows:
                         rows[prompt] = self._row(prompts, slot, row, pads, single)
                 edited = torch.stack([rows[prompt] for prompt in prompts.prompts])
-                # Other controllers may have written before: only what changed here is carried over, at full strength.
                 states[slot.key] = edited if self.strength == 1.0 else torch.lerp(
                     states[slot.key], edited, self.strength
                 )

@@ -89,6 +89,8 @@ class LlavaNext(Llava):
         return found
 
     def pixels(self, capture: Capture) -> Tensor:
+        if capture.kind == "video":
+            return super().pixels(capture)
         values = capture.arguments["pixel_values"]
         if values.ndim == 5:
             values = torch.cat([image[:count] for image, count in zip(values, self.view_counts(capture))])

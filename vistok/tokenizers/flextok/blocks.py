@@ -41,7 +41,7 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(query, key, value [..., H, C], scale) -> [..., H, C]: who sees whom is the caller's business, not the block's."""
 
 
-# ----------------------------------------------------------------------------------------------- positions, time, patches
+# --------------------------------------------------------------------------------------------- positions, time, patches
 
 
 class PositionTable(nn.Module):
@@ -123,7 +123,7 @@ def sincos_table(size: int, rows: int, columns: int) -> Tensor:
 
 
 def sinusoids(t: Tensor, size: int, max_timestep: float = 1.0) -> Tensor:
-    """Features [S, size] of moments t [S] in 0..max_timestep: cosines, then sines, of frequencies from 1000 down to 4."""
+    """Features [S, size] of moments t [S] in 0..max_timestep: cosines, then sines, at frequencies from 1000 to 4."""
     half = size // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(256.0) * steps / half) * (1000.0 / max_timestep)
@@ -337,7 +337,7 @@ class Block(nn.Module):
             self.modulation = nn.Linear(size, expansion * 6 * size)
 
     def modulations(self, activated: Tensor) -> Tensor:
-        """silu(time embedding) [S, D] -> [S, E, 6, D]: gates of attention and feed-forward, then shift and scale of each."""
+        """silu(time embedding) [S, D] -> [S, E, 6, D]: gates of attention and MLP, then shift and scale of each."""
         assert self.expansion is not None
         return self.modulation(activated).unflatten(1, (self.expansion, 6, -1))
 
@@ -424,7 +424,7 @@ class ProjectionHead(nn.Module):
         return self.out(x)
 
 
-# ------------------------------------------------------------------------------------------------- the authors' key names
+# ----------------------------------------------------------------------------------------------- the authors' key names
 
 _MERGED = {
     "attn": ("attention.qkv", ("attn.wq", "attn.wk", "attn.wv")),

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,9 +138,7 @@ def plan_groups(lengths: Sequence[int], max_groups: int = MAX_GROUPS) -> list[li
         else:
             groups.append([index])
     while len(groups) > max_groups:
-        waste = [
-            len(low) * (lengths[high[-1]] - lengths[low[-1]]) for low, high in zip(groups[:-1], groups[1:], strict=True)
-        ]
+        waste = [len(low) * (lengths[high[-1]] - lengths[low[-1]]) for low, high in pairwise(groups)]
         at = waste.index(min(waste))
         groups[at : at + 2] = [groups[at] + groups[at + 1]]
     return groups

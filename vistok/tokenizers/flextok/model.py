@@ -3,14 +3,15 @@
 Paper: Bachmann, Allardice, Mizrahi et al., "FlexTok: Resampling Images into 1D Token Sequences of Flexible Length"
 (arXiv 2502.13967). Origin of the weights: EPFL-VILAB on the Hub (research licence of Apple).
 
-An auto-encoder turns the image into latents; registers read the latents in a transformer and are rounded by finite scalar
-quantisation; in training a random suffix of them is dropped, so that the first ones learn what matters most; a
+An auto-encoder turns the image into latents; registers read the latents in a transformer and are rounded by finite
+scalar quantisation; in training a random suffix of them is dropped, so that the first ones learn what matters most; a
 rectified-flow transformer draws latents from what is kept.
 
 Top to bottom: configuration and network; objective; image to tokens; tokens to image; pictures; the authors' files. The
 blocks, the two transformers, the flow's mathematics and the authors' names are the neighbours of this file.
 
-Letters: B images, H, W pixels, Z, h, w channels and sides of the latents, N registers, k tokens, C code channels, T steps.
+Letters: B images, H, W pixels, Z, h, w channels and sides of the latents, N registers, k tokens, C code channels,
+T steps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from vistok.tokens import VisualTokens
 
 from . import official
 from .blocks import ProjectionHead
-from .decoder import FlowDecoder, RegisterEncoder, Registers
+from .decoder import FlowDecoder, RegisterEncoder
 from .flow import (
     NOISE_SCHEDULES,
     PREFIX_MODES,
@@ -273,7 +274,7 @@ class FlexTok(VistokModel):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for every product, zero for what modulates and for both heads: the velocity and the codes start at 0."""
+        """Xavier for every product, zero for modulations and both heads: the velocity and the codes start at 0."""
         for part in (self.encoder, self.decoder):
             for name, module in part.named_modules():
                 if isinstance(module, torch.nn.Linear):
@@ -611,10 +612,7 @@ class FlexTok(VistokModel):
         Raises:
             InvalidInputError: empty or too long sequences, ids outside the codebook, settings out of range.
         """
-        latents = noise
-        for latents in self.denoise(tokens, generator=generator, noise=noise, **sampling):
-            pass
-        assert latents is not None
+        *_, latents = self.denoise(tokens, generator=generator, noise=noise, **sampling)
         return self.decode_latents(latents)
 
     def decode_prefixes(

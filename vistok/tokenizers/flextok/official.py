@@ -1,8 +1,8 @@
 """The authors' files: their configuration read as data, and the table of key names.
 
 A published configuration is a tree of `_target_` class paths with arguments. Nothing in it is imported or called: class
-names are looked up in the table below, arguments that shape the network are translated, and the names of dictionary keys
-(`*_read_key`, `*_write_key`), which only wire modules together, are ignored.
+names are looked up in the table below, arguments that shape the network are translated, and the names of dictionary
+keys (`*_read_key`, `*_write_key`), which only wire modules together, are ignored.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Source: Ren et al., "Beyond Next-Token: Next-X Prediction for Autoregressive Vis
 The published models write four 8x8 cells of KL-16 tokens. The paper describes the other entities and releases no code
 for them; their layout here is our reading of it.
 
-Top to bottom: entities; network; the model (configuration, official files, objective, sampling); a sampling run.
+Top to bottom: configuration; official files; network; objective; sampling. The entities, the block and
+the sampling run are the neighbours of this file.
 
 Letters: B images, E entities, T tokens of an entity, N tokens of the sequence, C channels of a token, D width, H heads,
 L blocks, R rows fed at once (2 B with guidance), U distinct conditions, S solver steps of an entity.
@@ -17,12 +18,9 @@ L blocks, R rows fed at once (2 B with guidance), U distinct conditions, S solve
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -36,21 +34,20 @@ from vistok.nn.flow import FlowSchedule
 from vistok.nn.masked import patchify
 from vistok.nn.model import VistokModel
 from vistok.nn.norms import RMSNorm
-from vistok.nn.rope import apply_rotation
 from vistok.nn.sampling import Generators, Step
 from vistok.registry import Published
 from vistok.tokens import VisualTokens
 
-__all__ = ["XAR", "EntityLayout", "annealed_steps", "entity_layout"]
+from .entities import EntityLayout, attention_mask, entity_layout
+from .network import NORM_EPS, Attend, Block, axial_rotation
+from .run import EntityRun
 
-ENTITIES = ("token", "cell", "subsample", "scale", "image")
+__all__ = ["XAR"]
+
 CONTEXTS = ("noisy", "clean")
 GUIDANCE_SCHEDULES = ("linear", "constant")
-NORM_EPS = 1e-6
-# Up to so many entities, training attends entity by entity, each to a prefix; beyond, a mask is cheaper than the calls.
+# Up to so many entities, training on a GPU attends entity by entity; beyond, a mask is cheaper than the calls.
 MOST_CALLS = 8
-# A modulation table larger than this (bytes) is computed step by step: at such batches it costs next to nothing.
-TABLE_BYTES = 1 << 29
 
 # name -> (width, blocks of each half, heads)
 SIZES = {"b": (768, 8, 12), "l": (1024, 16, 16), "h": (1280, 20, 16)}
@@ -69,10 +66,7 @@ OFFICIAL_NAMES = {
     "proj_dropout": "projection_dropout",
 }
 OFFICIAL_IGNORED = {"norm_layer", "diffusion_batch_mul", "decoder_embed_dim"}
-OFFICIAL_ONLY = (OFFICIAL_NAMES.keys() | OFFICIAL_IGNORED | {"img_size", "vae_stride", "clusters"}) - {"encoder_layers"}
-
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-Modulation: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+OFFICIAL_ONLY = OFFICIAL_NAMES.keys() | OFFICIAL_IGNORED | {"img_size", "vae_stride", "clusters"}
 
 
 def _published() -> dict[str, Published]:
@@ -104,287 +98,6 @@ def _published() -> dict[str, Published]:
     return entries
 
 
-# ------------------------------------------------------------------------------------------------------------- entities
-@dataclass(frozen=True)
-class EntityLayout:
-    """How the tokens of a grid become a sequence of entities. Get one from `entity_layout`.
-
-    Attributes:
-        grid: (rows, cols) of the image.
-        starts: sequence position at which each entity starts, and N at the end.
-        places: int64 [N], raster position of each sequence position; of a coarse scale, in the raster of that scale.
-        coordinates: float64 [N, 2], row and column of each sequence position in units of tokens of the grid.
-        scales: (rows, cols) of each entity's own raster for scale entities, else None.
-    """
-
-    grid: tuple[int, int]
-    starts: tuple[int, ...]
-    places: Tensor
-    coordinates: Tensor
-    scales: tuple[tuple[int, int], ...] | None
-
-    @property
-    def num_entities(self) -> int:
-        """E."""
-        return len(self.starts) - 1
-
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence, N (more than the grid has for scale entities)."""
-        return self.starts[-1]
-
-    @property
-    def uniform(self) -> int | None:
-        """T, if all entities have as many tokens; else None."""
-        sizes = {stop - start for start, stop in pairwise(self.starts)}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    @property
-    def number(self) -> Tensor:
-        """int64 [N], entity of each sequence position."""
-        sizes = torch.tensor([stop - start for start, stop in pairwise(self.starts)], device="cpu")
-        return torch.arange(self.num_entities, device="cpu").repeat_interleave(sizes)
-
-    def to_sequence(self, tokens: Tensor) -> Tensor:
-        """Raster tokens [B, rows * cols, C] in entity order [B, N, C]; coarse scales are area averages."""
-        if self.scales is None:
-            return tokens.index_select(1, self.places.to(tokens.device))
-        image = tokens.transpose(1, 2).unflatten(2, self.grid)
-        coarse = [functional.adaptive_avg_pool2d(image, size) for size in self.scales[:-1]]
-        return torch.cat([*(part.flatten(2).transpose(1, 2) for part in coarse), tokens], dim=1)
-
-    def to_raster(self, sequence: Tensor) -> Tensor:
-        """The inverse of `to_sequence`; of scales, the finest."""
-        if self.scales is not None:
-            return sequence[:, self.starts[-2] :]
-        return sequence.index_select(1, torch.argsort(self.places).to(sequence.device))
-
-    def mask(self, *, clean_context: bool = False) -> Tensor:
-        """Which position may see which, bool: [N, N], or [2N, 2N] with a clean copy in front.
-
-        An entity sees itself and all earlier ones. With a clean copy, noisy entities see themselves and earlier clean
-        ones.
-        """
-        number = self.number
-        causal = number[:, None] >= number
-        if not clean_context:
-            return causal
-        earlier, same = number[:, None] > number, number[:, None] == number
-        return torch.cat([torch.cat([causal, torch.zeros_like(causal)], 1), torch.cat([earlier, same], 1)])
-
-
-def _default_scales(rows: int) -> tuple[int, ...]:
-    scales = [rows]
-    while scales[-1] % 2 == 0:
-        scales.append(scales[-1] // 2)
-    return tuple(reversed(scales))
-
-
-@lru_cache(maxsize=16)
-def entity_layout(
-    grid: tuple[int, int], entity: str, entity_size: int = 8, scales: tuple[int, ...] | None = None
-) -> EntityLayout:
-    """Divide a grid into entities.
-
-    Args:
-        grid: (rows, cols).
-        entity: `"token"`, `"cell"` (squares, in raster order), `"subsample"` (tokens at a stride; entity k starts at
-            row k div stride, column k mod stride), `"scale"` (the image averaged to coarser grids, coarse to fine, then
-            itself) or `"image"`.
-        entity_size: side of a cell, or the stride of a subsample; others ignore it.
-        scales: rows of each scale, ascending, ending with the grid's; None halves while it can.
-
-    Raises:
-        InvalidInputError: unknown entity, or sizes that do not divide the grid.
-    """
-    rows, cols = grid
-    if entity not in ENTITIES:
-        raise InvalidInputError(f"entity must be one of {', '.join(ENTITIES)}; got {entity!r}")
-    if min(grid) < 1:
-        raise InvalidInputError(f"grid must be (rows, cols), both at least 1; got {grid}")
-    if entity == "scale":
-        with torch.inference_mode(False):
-            return _scale_layout(grid, _default_scales(rows) if scales is None else scales)
-    if entity in ("cell", "subsample") and (entity_size < 1 or rows % entity_size or cols % entity_size):
-        divisors = [side for side in range(1, min(grid) + 1) if rows % side == cols % side == 0]
-        raise InvalidInputError(
-            f"{entity} entities of size {entity_size} do not divide a {rows}x{cols} grid; possible sizes: {divisors}"
-        )
-    side = {"token": 1, "image": 1, "cell": entity_size, "subsample": entity_size}[entity]
-    with torch.inference_mode(False):  # what is made while sampling must serve training, too
-        blocks = torch.arange(rows * cols, device="cpu").view(rows // side, side, cols // side, side)
-        # A cell holds neighbours, a subsample the tokens at the same place of every cell.
-        cells, count = blocks.permute(0, 2, 1, 3), side**2
-        if entity == "subsample":
-            cells, count = blocks.permute(1, 3, 0, 2), rows * cols // side**2
-        elif entity == "image":
-            count = rows * cols
-        places = cells.flatten()
-        coordinates = torch.stack([places // cols, places % cols], dim=1).double()
-    return EntityLayout(grid, tuple(range(0, rows * cols + 1, count)), places, coordinates, None)
-
-
-def _scale_layout(grid: tuple[int, int], scales: Sequence[int]) -> EntityLayout:
-    rows, cols = grid
-    if not scales or list(scales) != sorted(set(scales)) or scales[0] < 1 or scales[-1] != rows:
-        raise InvalidInputError(
-            f"scales must be ascending numbers of rows that end with the grid's ({rows}); got {tuple(scales)}"
-        )
-    if any(scale * cols % rows for scale in scales):
-        raise InvalidInputError(
-            f"every scale must keep the proportions of the {rows}x{cols} grid with whole columns; got {tuple(scales)}"
-        )
-    sizes = tuple((scale, scale * cols // rows) for scale in scales)
-    starts, places, coordinates = [0], [], []
-    for high, wide in sizes:
-        place = torch.arange(high * wide, device="cpu")
-        centre = torch.stack([place // wide, place % wide], dim=1).double() + 0.5
-        # Where the centre of a coarse token lies on the fine grid.
-        coordinates.append(centre * centre.new_tensor([rows / high, cols / wide]) - 0.5)
-        places.append(place)
-        starts.append(starts[-1] + high * wide)
-    return EntityLayout(grid, tuple(starts), torch.cat(places), torch.cat(coordinates), sizes)
-
-
-@lru_cache(maxsize=16)
-def _attention_mask(
-    grid: tuple[int, int],
-    entity: str,
-    entity_size: int,
-    scales: tuple[int, ...] | None,
-    clean_context: bool,
-    device: torch.device,
-) -> Tensor:
-    with torch.inference_mode(False):  # what is made while sampling must serve training, too
-        return entity_layout(grid, entity, entity_size, scales).mask(clean_context=clean_context).to(device)
-
-
-def axial_rotation(coordinates: Tensor, head_dim: int, device: torch.device, theta: float = 10000.0) -> Tensor:
-    """Rotary factors complex64 [N, C / 2]: the first half of the channels turns with the row, the second with the
-    column; rates theta^(-2j / (C / 2)), j = 0..C/4-1. Positions may lie between tokens.
-    """
-    half = head_dim // 2
-    rates = 1.0 / theta ** (torch.arange(0, half, 2, device="cpu")[: half // 2].float() / half)
-    positions = coordinates.float()
-    angles = torch.cat([positions[:, :1] * rates, positions[:, 1:] * rates], dim=1)
-    return torch.polar(torch.ones_like(angles), angles).to(device)
-
-
-def annealed_steps(num_entities: int, first: int = 50, last: int = 15) -> tuple[int, ...]:
-    """Fewer solver steps for later entities, linear and rounded down: 50, 38, 26, 15 for four (DiSA, arXiv 2505.20297,
-    a training-free saving that changes the samples).
-    """
-    if num_entities == 1:
-        return (first,)
-    share = [(num_entities - 1 - entity) / (num_entities - 1) for entity in range(num_entities)]
-    return tuple(int(rest * (first - last) + last) for rest in share)
-
-
-# -------------------------------------------------------------------------------------------------------------- network
-def padded_width(hidden: int) -> int:
-    """A width that matrix kernels like: 2730 and 3413 are no multiples of 8, and miss the fast paths of GPUs."""
-    multiple = 64 if hidden >= 512 else 8
-    return -(-hidden // multiple) * multiple
-
-
-def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """RMS norm without a weight, then modulation: norm(x) * scale + shift. Statistics in float32."""
-    normed = functional.rms_norm(x.float(), (x.shape[-1],), None, NORM_EPS).to(x.dtype)
-    return torch.addcmul(shift, normed, scale)
-
-
-class Attention(nn.Module):
-    """Self-attention with 2-D rotary positions."""
-
-    def __init__(self, size: int, num_heads: int, projection_dropout: float) -> None:
-        super().__init__()
-        self.num_heads, self.projection_dropout = num_heads, projection_dropout
-        self.qkv = nn.Linear(size, 3 * size)
-        self.proj = nn.Linear(size, size)
-
-    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[R, T, D] -> turned queries and keys, and values, each [R, H, T, D / H]."""
-        heads = self.num_heads
-        projected = self.qkv(x).unflatten(-1, (3 * heads, -1))
-        turned = apply_rotation(projected[:, :, : 2 * heads], rotation).transpose(1, 2)
-        return turned[:, :heads], turned[:, heads:], projected[:, :, 2 * heads :].transpose(1, 2)
-
-    def forward(self, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
-        """x [R, T, D]; `attend` is what the caller wants of queries, keys and values."""
-        attended = attend(*self.project(x, rotation)).transpose(1, 2).flatten(2)
-        return functional.dropout(self.proj(attended), self.projection_dropout, self.training)
-
-
-class FeedForward(nn.Module):
-    """fc2( GELU(gate) * value ), gate and value from one product, of a width rounded up with zeros.
-
-    GELU(0) * 0 is 0 and passes no gradient to what makes it, so the padding neither contributes nor learns.
-    """
-
-    def __init__(self, size: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.hidden, self.dropout = hidden, dropout
-        self.fc1 = nn.Linear(size, 2 * padded_width(hidden))
-        self.fc2 = nn.Linear(padded_width(hidden), size)
-
-    def initialise(self) -> None:
-        """Xavier for both halves of fc1 and for fc2, zero padding and biases."""
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
-            for half in self.fc1.weight.chunk(2):
-                nn.init.xavier_uniform_(half[: self.hidden])
-            nn.init.xavier_uniform_(self.fc2.weight[:, : self.hidden])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        gate, value = self.fc1(x).chunk(2, dim=-1)
-        hidden = functional.dropout(functional.gelu(gate) * value, self.dropout, self.training)
-        return functional.dropout(self.fc2(hidden), self.dropout, self.training)
-
-
-class Block(nn.Module):
-    """x + g1 attention(norm(x) s1 + b1), then x + g2 mlp(norm(x) s2 + b2); all six come from the condition."""
-
-    def __init__(
-        self, size: int, num_heads: int, hidden: int, *, attention_dropout: float, projection_dropout: float
-    ) -> None:
-        super().__init__()
-        self.attention_dropout = attention_dropout
-        self.attn = Attention(size, num_heads, projection_dropout)
-        self.mlp = FeedForward(size, hidden, projection_dropout)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
-
-    def modulation(self, activated: Tensor) -> Tensor:
-        """SiLU(condition) [..., D] -> [..., 6, D]: gates, scales (with the 1 that they are added to) and shifts, of
-        attention and mlp each.
-        """
-        values = self.ada_lin[1](activated).unflatten(-1, (6, -1))
-        gates, scales, shifts = values.split(2, dim=-2)
-        return torch.cat([gates, scales + 1, shifts], dim=-2)
-
-    def forward(self, x: Tensor, modulation: Modulation, rotation: Tensor, attend: Attend) -> Tensor:
-        """One block.
-
-        Args:
-            x: [R, G, T, D]: G groups of tokens with one condition each.
-            modulation: six tensors that broadcast to x.
-            rotation: complex [G T, D / H / 2].
-            attend: attention of all G T tokens.
-        """
-        gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = modulation
-        normed = normalise(x, scale_attention, shift_attention).flatten(1, 2)
-        x = torch.addcmul(x, gate_attention, self.attn(normed, rotation, attend).view_as(x))
-        return torch.addcmul(x, gate_mlp, self.mlp(normalise(x, scale_mlp, shift_mlp)))
-
-
-def _six(values: Tensor) -> Modulation:
-    """[..., 6, D] apart."""
-    first, second, third, fourth, fifth, sixth = values.unbind(-2)
-    return first, second, third, fourth, fifth, sixth
-
-
-# ---------------------------------------------------------------------------------------------------------------- model
 class XAR(VistokModel):
     """Next-X generator of continuous tokens, class-conditional.
 
@@ -506,9 +219,6 @@ class XAR(VistokModel):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, FeedForward):
-                module.initialise()
         for table in (self.class_emb.weight, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
             nn.init.normal_(table, std=0.02)
 
@@ -580,47 +290,24 @@ class XAR(VistokModel):
 
     @classmethod
     def rename_official(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the tables that follow from the configuration; join and pad the matrices of the MLPs."""
-        renamed = {key: value for key, value in state.items() if key != "mask" and ".attn.rope." not in key}
-        for key in [key for key in renamed if re.search(r"\.mlp\.fc1_g\.(weight|bias)$", key)]:
-            other = key.replace(".fc1_g.", ".fc1_x.")
-            if other in renamed and renamed[other].shape == renamed[key].shape:
-                pair = [_pad(renamed.pop(name), 0) for name in (key, other)]
-                renamed[key.replace(".fc1_g.", ".fc1.")] = torch.cat(pair)
-        for key in [key for key in renamed if key.endswith(".mlp.fc2.weight")]:
-            if renamed[key].ndim == 2:
-                renamed[key] = _pad(renamed[key], 1)
-        return renamed
+        """Drop the tables that follow from the configuration (`mask`, `rope.*`)."""
+        return {key: value for key, value in state.items() if key != "mask" and ".attn.rope." not in key}
 
     def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names, tables included, which `from_official` reads back."""
+        """The state dict with the authors' tables, which `from_official` reads back."""
         layout, device = self.layout, self.device
-        official = self.split_official(self.state_dict())
+        official = dict(self.state_dict())
         blocked = torch.zeros(layout.length, layout.length).masked_fill(~layout.mask(), float("-inf"))
         official["mask"] = blocked[None, None].to(device)
         for stack in ("encoder", "decoder"):
             for index, block in enumerate(getattr(self, f"{stack}_blocks")):
                 width = self.config.hidden_size // block.attn.num_heads
                 prefix = f"{stack}_blocks.{index}.attn.rope"
-                turns = torch.view_as_real(self._rotation(width)).repeat_interleave(2, dim=1)
-                official[f"{prefix}.freqs"] = (
-                    1.0 / 10000.0 ** (torch.arange(0, width // 2, 2)[: width // 4].float() / (width // 2))
-                ).to(device)
+                turns = torch.view_as_real(self.rotation(width)).repeat_interleave(2, dim=1)
+                rates = 1.0 / 10000.0 ** (torch.arange(0, width // 2, 2)[: width // 4].float() / (width // 2))
+                official[f"{prefix}.freqs"] = rates.to(device)
                 official[f"{prefix}.freqs_cos"] = turns[..., 0].clone()
                 official[f"{prefix}.freqs_sin"] = turns[..., 1].clone()
-        return official
-
-    def split_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters (or gradients of theirs) with the MLPs' matrices apart and without padding."""
-        hidden = self.encoder_blocks[0].mlp.hidden
-        official = {}
-        for key, value in state.items():
-            if re.search(r"\.mlp\.fc1\.(weight|bias)$", key):
-                gate, other = value.chunk(2)
-                official[key.replace(".fc1.", ".fc1_g.")] = gate[:hidden]
-                official[key.replace(".fc1.", ".fc1_x.")] = other[:hidden]
-            else:
-                official[key] = value[:, :hidden] if key.endswith(".mlp.fc2.weight") else value
         return official
 
     @classmethod
@@ -631,7 +318,7 @@ class XAR(VistokModel):
         return None
 
     # ------------------------------------------------------------------------------------------------------- network
-    def _rotation(self, head_dim: int) -> Tensor:
+    def rotation(self, head_dim: int) -> Tensor:
         """Rotary factors complex64 [N, C / 2] in entity order; kept."""
         key = (head_dim, self.device)
         if key not in self._rotations:
@@ -675,40 +362,48 @@ class XAR(VistokModel):
             x = x[:, None]
             number = layout.number.to(x.device)
             spread = torch.cat([number + copy * layout.num_entities for copy in range(copies)])
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for stack in (self.encoder_blocks, self.decoder_blocks):
-            if stack is self.decoder_blocks:
-                table = self.decoder_pos_embed_learned.repeat(1, copies, 1)
-                x = self.decoder_embed(self.encoder_norm(x)) + table.view(1, *x.shape[1:])
-            for block in stack:
-                attend = self._training_attention(block, clean is not None)
-                rotation = self._rotation(self.config.hidden_size // block.attn.num_heads).repeat(copies, 1)
-                if recompute:
-                    x = self._gradient_checkpointing_func(_run_block, block, x, activated, spread, rotation, attend)
-                else:
-                    x = _run_block(block, x, activated, spread, rotation, attend)
+        x = self._run(self.encoder_blocks, x, activated, spread, clean is not None)
+        table = self.decoder_pos_embed_learned.repeat(1, copies, 1)
+        x = self.decoder_embed(self.encoder_norm(x)) + table.view(1, *x.shape[1:])
+        x = self._run(self.decoder_blocks, x, activated, spread, clean is not None)
         x = x.flatten(1, 2)[:, -layout.length :]
         return self.pred(self.decoder_norm(x))
 
-    def _training_attention(self, block: Block, clean_context: bool) -> Attend:
-        """Attention of all entities at once."""
-        layout, dropout = self.layout, block.attention_dropout if self.training else 0.0
+    def _run(
+        self, blocks: nn.ModuleList, x: Tensor, activated: Tensor, spread: Tensor | None, clean_context: bool
+    ) -> Tensor:
+        """The blocks of one half, on tokens [B, G, T, D]."""
+        heads = blocks[0].attn.num_heads
+        rotation = self.rotation(self.config.hidden_size // heads).repeat(1 + clean_context, 1)
+        attend = self.training_attention(blocks[0].attention_dropout, clean_context)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in blocks:
+            if recompute:
+                x = self._gradient_checkpointing_func(block, x, activated, spread, rotation, attend)
+            else:
+                x = block(x, activated, spread, rotation, attend)
+        return x
+
+    def training_attention(self, dropout: float, clean_context: bool) -> Attend:
+        """Attention of all entities at once.
+
+        On GPUs a few entities attend one by one, each to a prefix: no mask, so that the fast kernels apply, and no work
+        for what it would hide. On CPUs one masked call is as fast, and rounds as the authors' code does.
+        """
+        layout, dropout = self.layout, dropout if self.training else 0.0
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             attention = functional.scaled_dot_product_attention
-            if clean_context:
-                mask = _attention_mask(*self._entities, True, query.device)
-                return attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-            if layout.uniform == 1:
+            if not clean_context and layout.uniform == 1:
                 return attention(query, key, value, dropout_p=dropout, is_causal=True)
-            if layout.num_entities <= MOST_CALLS:  # each entity to a prefix: no mask, and no work for what it hides
-                parts = [
-                    attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], dropout_p=dropout)
-                    for start, stop in pairwise(layout.starts)
-                ]
-                return torch.cat(parts, dim=2)
-            mask = _attention_mask(*self._entities, False, query.device)
-            return attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+            if clean_context or not query.is_cuda or layout.num_entities > MOST_CALLS:
+                mask = attention_mask(*self._entities, clean_context, query.device)
+                return attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+            parts = [
+                attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], dropout_p=dropout)
+                for start, stop in pairwise(layout.starts)
+            ]
+            return torch.cat(parts, dim=2)
 
         return attend
 
@@ -750,7 +445,8 @@ class XAR(VistokModel):
             )
         if not bool(torch.isfinite(latents).all()):
             raise InvalidInputError("latents contain NaN or infinity: check the tokenizer and the cached files")
-        return self.check_condition(batch["labels"]), self.layout.to_sequence(patchify(latents.float(), self.patch_size))
+        tokens = patchify(latents.float(), self.patch_size)
+        return self.check_condition(batch["labels"]), self.layout.to_sequence(tokens)
 
     # ------------------------------------------------------------------------------------------------------ sampling
     def check_condition(self, condition: Tensor) -> Tensor:
@@ -846,9 +542,7 @@ class XAR(VistokModel):
             InvalidOutputError: NaN or infinite tokens (with CUDA, after the last step).
         """
         if self.training:
-            raise InvalidInputError(
-                "this XAR is in training mode, where dropout spoils the samples: call eval() first"
-            )
+            raise InvalidInputError("this XAR is in training mode, where dropout spoils the samples: call eval() first")
         if (condition is None) == (num_images is None):
             raise InvalidInputError("give a condition, or num_images for images without one, but not both")
         if num_images is not None and num_images < 1:
@@ -1005,132 +699,3 @@ class XAR(VistokModel):
                     "each); part of one is known"
                 )
         return features.flatten(1, 2), flat
-
-
-def _pad(value: Tensor, dim: int) -> Tensor:
-    """Zeros up to `padded_width` along a dimension."""
-    missing = padded_width(value.shape[dim]) - value.shape[dim]
-    return functional.pad(value, (*[0, 0] * (value.ndim - 1 - dim), 0, missing))
-
-
-def _run_block(
-    block: Block, x: Tensor, activated: Tensor, spread: Tensor | None, rotation: Tensor, attend: Attend
-) -> Tensor:
-    """A block on x [B, G, T, D] with conditions SiLU'd [B, G', D]; `spread` says which of the G' each token has."""
-    values = block.modulation(activated)  # [B, G', 6, D]
-    values = values[:, :, None] if spread is None else values.index_select(1, spread)[:, None]
-    return block(x, _six(values), rotation, attend)
-
-
-# --------------------------------------------------------------------------------------------------------- sampling run
-class EntityRun:
-    """What a sampler keeps: keys and values of the finished entities, and the modulations of every class and time.
-
-    Rows of the condition come first; with guidance, as many unconditional rows follow.
-
-    Args:
-        model: the generator.
-        labels: int64 [B]; may hold the null class.
-        guided: whether unconditional rows will be needed.
-        indices: every time index that will be asked for.
-        context: whether entities will be remembered.
-
-    Attributes:
-        keys, values: of each block [R, H, N, D / H] in entity order; those of remembered entities are filled.
-    """
-
-    def __init__(self, model: XAR, labels: Tensor, *, guided: bool, indices: Sequence[int], context: bool) -> None:
-        self.model, self.batch, self.layout = model, len(labels), model.layout
-        self.blocks: list[Block] = [*model.encoder_blocks, *model.decoder_blocks]
-        labels, rows = torch.unique(labels, return_inverse=True)
-        if guided:
-            rows = torch.cat([rows, torch.full_like(rows, len(labels))])
-            labels = torch.cat([labels, labels.new_tensor([model.num_classes])])
-        self.rows = rows
-        self.place = {index: place for place, index in enumerate(sorted({*indices, *([0] if context else [])}))}
-        times = torch.tensor(list(self.place), device=labels.device)
-        condition = model.time_embed(times)[:, None] + model.class_emb(labels)
-        self.activated = functional.silu(condition)  # [times, U, D]
-        size = self.activated.numel() * len(self.blocks) * 6 * self.activated.element_size()
-        self.table = self._modulations(self.activated) if size <= TABLE_BYTES else None  # [L, times, U, 6, D]
-        weight = model.z_proj.weight
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        if context:
-            for block in self.blocks:
-                heads = block.attn.num_heads
-                shape = (len(rows), heads, self.layout.length, model.config.hidden_size // heads)
-                self.keys.append(weight.new_empty(shape))
-                self.values.append(weight.new_empty(shape))
-
-    def _modulations(self, activated: Tensor) -> Tensor:
-        return torch.stack([block.modulation(activated) for block in self.blocks])
-
-    def _modulation(self, index: int, rows: int) -> Tensor:
-        """[L, rows, 1, 1, 6, D]; of a single distinct condition [L, 1, 1, 1, 6, D]."""
-        place = self.place[index]
-        if self.table is None:
-            values = self._modulations(self.activated[place])
-        else:
-            values = self.table[:, place]
-        if values.shape[1] > 1:
-            values = values.index_select(1, self.rows[:rows])
-        return values[:, :, None, None]
-
-    def _run(self, x: Tensor, entity: int, index: int, remember: bool) -> Tensor:
-        """Tokens [R, T, C] of an entity through all blocks; outputs of the last [R, 1, T, D]."""
-        model, (start, stop) = self.model, self.layout.starts[entity : entity + 2]
-        modulations = self._modulation(index, len(x))
-        x = model.embed(x, start, stop)[:, None]
-        encoder_layers = len(model.encoder_blocks)
-        for number, block in enumerate(self.blocks):
-            if number == encoder_layers:
-                x = model.cross(x, start, stop)
-            rotation = model._rotation(model.config.hidden_size // block.attn.num_heads)[start:stop]
-            six = _six(modulations[number])
-            if remember and number + 1 == len(self.blocks):  # nobody reads its output
-                _, key, value = block.attn.project(normalise(x, six[2], six[4])[:, 0], rotation)
-                self._store(number, key, value, start, stop)
-                return x
-            x = block(x, six, rotation, self._attention(number, start, stop, remember))
-        return x
-
-    def _store(self, number: int, key: Tensor, value: Tensor, start: int, stop: int) -> None:
-        self.keys[number][: len(key), :, start:stop] = key
-        self.values[number][: len(value), :, start:stop] = value
-
-    def _attention(self, number: int, start: int, stop: int, remember: bool) -> Attend:
-        """To all remembered entities before `start` and to the entity itself: always a prefix, so never masked."""
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if self.keys and (start or remember):
-                self._store(number, key, value, start, stop)
-                rows = len(key)
-                key, value = self.keys[number][:rows, :, :stop], self.values[number][:rows, :, :stop]
-            return functional.scaled_dot_product_attention(query, key, value)
-
-        return attend
-
-    def velocity(self, x: Tensor, entity: int, index: int, *, guided: bool = False) -> Tensor:
-        """Velocities [R, T, C] of an entity's tokens [B, T, C]: conditional, and with guidance unconditional ones."""
-        model = self.model
-        if guided:
-            x = x.repeat(2, 1, 1)
-        return model.pred(model.decoder_norm(self._run(x, entity, index, False)[:, 0]))
-
-    def velocity_of(self, entity: int, schedule: FlowSchedule, guidance_scale: float) -> Callable[[Tensor, int], Tensor]:
-        """The guided velocity of an entity as `flow_steps` asks for it."""
-        guided = guidance_scale > 1.0
-
-        def velocity(x: Tensor, call: int) -> Tensor:
-            found = self.velocity(x, entity, schedule.indices[call], guided=guided).float()
-            if not guided:
-                return found
-            conditional, unconditional = found.chunk(2)
-            return torch.lerp(unconditional, conditional, guidance_scale)
-
-        return velocity
-
-    def remember(self, x: Tensor, entity: int) -> None:
-        """Keep keys and values of a finished entity [B, T, C], for all rows, at time 0."""
-        self._run(x.repeat(len(self.rows) // self.batch, 1, 1), entity, 0, True)

@@ -1,13 +1,14 @@
 """FlexTok's autoregressive generators: ordered tokens one after the other, from a class or a caption, to any length.
 
-Source: Bachmann, Allardice, Mizrahi et al., "FlexTok" (arXiv 2502.13967), section 4; the published models come with the
-paper on searching over token prefixes (arXiv 2604.15453). Because the tokens go from coarse to fine, a prefix is a whole
-image: one can stop anywhere, branch anywhere, and judge candidates by their first tokens.
+Source: Bachmann, Allardice, Mizrahi et al., "FlexTok" (arXiv 2502.13967), section 4; the published models come with
+the paper on searching over token prefixes (arXiv 2604.15453). Because the tokens go from coarse to fine, a prefix is a
+whole image: one can stop anywhere, branch anywhere, and judge candidates by their first tokens.
 
-Top to bottom: configuration and network; objective; what a sampler keeps; sampling, branching, search; the authors' files.
+Top to bottom: configuration and network; objective; what is accepted; sampling, branching, search; the authors' files.
+The blocks, the state of a sampler and the authors' names are the neighbours of this file.
 
-Letters: B images, R rows (samples of an image, side by side), N tokens, L positions, T caption tokens, D channels, H heads,
-C channels of a head, V codes.
+Letters: B images, R rows (samples of an image, side by side), N tokens, L positions, T caption tokens, D channels,
+H heads, C channels of a head, V codes, M branches.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -25,18 +25,20 @@ from torch.nn import functional
 
 from vistok.errors import InvalidInputError
 from vistok.files import read_state_dict
-from vistok.kernels import filter_logits
 from vistok.nn import sampling
-from vistok.nn.cache import KVCache, LayerCache
+from vistok.nn.cache import KVCache
 from vistok.nn.model import VistokModel
-from vistok.nn.norms import RMSNorm
-from vistok.nn.sampling import Generators, Step, TokenChecks
+from vistok.nn.sampling import Generators, Step
 from vistok.nn.text import TextCondition
 from vistok.nn.transformer import feed_forward_size
 from vistok.registry import Published
 from vistok.tokens import VisualTokens
 
-__all__ = ["Branches", "FlexTokAR", "Score", "SearchResult"]
+from . import names
+from .network import Caption, Layer, make_norm, sincos_positions
+from .writer import Branches, SearchResult, Writer
+
+__all__ = ["FlexTokAR", "Score"]
 
 Score: TypeAlias = Callable[[VisualTokens, Tensor], Tensor]
 """(candidates [M, n], int64 [M]: which image of the batch each is for) -> float [M]; greater is better."""
@@ -76,168 +78,11 @@ def _published() -> dict[str, Published]:
     return entries
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm computed in float32 and cast back."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape [..., D]."""
-        normed = functional.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
-
-
-def _norm(kind: str, size: int, eps: float) -> nn.Module:
-    if kind not in ("layer", "rms"):
-        raise InvalidInputError(f"norm_type must be 'layer' or 'rms'; got {kind!r}")
-    return LayerNorm(size, eps) if kind == "layer" else RMSNorm(size, eps)
-
-
-@dataclass(frozen=True)
-class Caption:
-    """What captions contribute to one layer: keys and values [R, H, T, C], and bool mask [R, 1, 1, T] or None."""
-
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
-
-    def select(self, rows: Tensor) -> Caption:
-        """Some of the rows, or some several times."""
-        mask = None if self.mask is None else self.mask.index_select(0, rows)
-        return Caption(self.keys.index_select(0, rows), self.values.index_select(0, rows), mask)
-
-
-class SelfAttention(nn.Module):
-    """Causal self-attention, one product for queries, keys and values, scale C^-1/2."""
-
-    def __init__(self, size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] | None, bias: bool) -> None:
-        super().__init__()
-        self.head_dim = size // num_heads
-        self.qkv = nn.Linear(size, 3 * size, bias=bias)
-        self.proj = nn.Linear(size, size, bias=bias)
-        self.q_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
-        self.k_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
-
-    def forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
-        """[R, L, D] -> [R, L, D]; keys and values are appended to the cache."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).transpose(1, 3).unbind(2)
-        query, key = self.q_norm(query), self.k_norm(key)
-        before = 0
-        if cache is not None:
-            before = cache.length
-            key, value = cache.append(key, value)
-        length, mask = x.shape[1], None
-        if before and length > 1:
-            mask = torch.ones(length, before + length, dtype=torch.bool, device=x.device).tril(before)
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=not before and length > 1
-        )
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Attention to caption tokens, whose keys and values are computed once a caption."""
-
-    def __init__(self, size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] | None, bias: bool) -> None:
-        super().__init__()
-        self.head_dim = size // num_heads
-        self.q = nn.Linear(size, size, bias=bias)
-        self.kv = nn.Linear(size, 2 * size, bias=bias)
-        self.proj = nn.Linear(size, size, bias=bias)
-        self.q_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
-        self.k_norm = nn.Identity() if qk_norm is None else qk_norm(self.head_dim)
-
-    def prepare(self, text: Tensor, mask: Tensor | None) -> Caption:
-        """Keys and values of embedded captions [R, T, D] with their valid tokens, bool [R, T]."""
-        keys, values = self.kv(text).unflatten(-1, (2, -1, self.head_dim)).transpose(1, 3).unbind(2)
-        return Caption(self.k_norm(keys), values, None if mask is None else mask[:, None, None])
-
-    def forward(self, x: Tensor, caption: Caption) -> Tensor:
-        """[R, L, D] -> [R, L, D]."""
-        query = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
-        attended = functional.scaled_dot_product_attention(query, caption.keys, caption.values, attn_mask=caption.mask)
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU with gate and up in one product, or fc2( gelu(fc1 x) )."""
-
-    def __init__(self, size: int, hidden: int, gated: bool, bias: bool) -> None:
-        super().__init__()
-        self.gated = gated
-        self.fc1 = nn.Linear(size, 2 * hidden if gated else hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, size, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        if not self.gated:
-            return self.fc2(functional.gelu(self.fc1(x)))
-        gate, up = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(functional.silu(gate) * up)
-
-
-class Layer(nn.Module):
-    """x + self-attention, then (with captions) x + cross-attention, then x + feed-forward, each on normed input."""
-
-    def __init__(
-        self,
-        size: int,
-        num_heads: int,
-        hidden: int,
-        *,
-        norm: Callable[[int], nn.Module],
-        text: bool,
-        qk_norm: bool,
-        cross_qk_norm: bool,
-        gated_mlp: bool,
-        bias: bool,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = norm(size)
-        self.attention = SelfAttention(size, num_heads, norm if qk_norm else None, bias)
-        if text:
-            self.cross_norm = norm(size)
-            self.cross_attention = CrossAttention(size, num_heads, norm if cross_qk_norm else None, bias)
-        self.mlp_norm = norm(size)
-        self.feed_forward = FeedForward(size, hidden, gated_mlp, bias)
-
-    def forward(self, x: Tensor, caption: Caption | None = None, cache: LayerCache | None = None) -> Tensor:
-        """[R, L, D] -> [R, L, D]."""
-        x = x + self.attention(self.attention_norm(x), cache)
-        if caption is not None:
-            x = x + self.cross_attention(self.cross_norm(x), caption)
-        return x + self.feed_forward(self.mlp_norm(x))
-
-
-def sincos_positions(size: int, count: int, kind: str) -> Tensor:
-    """Fixed positions [N, D]: the first row, that of the start token, is zero; then come places 0, 1, ...
-
-    `"sincos1d"` counts along a sequence: the half of the channels that would hold the column stays constant.
-    `"sincos2d"` counts in raster order over a square.
-    """
-    side = math.isqrt(count)
-    if kind == "sincos2d" and side * side != count:
-        raise InvalidInputError(f"sincos2d positions need a square number of tokens; got {count}")
-    if size % 4:
-        raise InvalidInputError(f"sincos positions need channels divisible by 4; got {size}")
-    place = torch.arange(count, dtype=torch.float64)
-    column = place % side if kind == "sincos2d" else torch.zeros_like(place)
-    row = place // side if kind == "sincos2d" else place
-    omega = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float64) / (size / 4))
-    angles = [torch.outer(column, omega), torch.outer(row, omega)]
-    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
-    return torch.cat([torch.zeros(1, size), table[:-1]])
-
-
 class FlexTokAR(VistokModel):
     """Autoregressive generator of FlexTok's tokens.
 
-    Class-conditional with `num_classes`, text-conditional with `caption_dim` (and `num_classes=None`). The class vector is
-    added to the start token; captions are read by cross-attention.
+    Class-conditional with `num_classes`, text-conditional with `caption_dim` (and `num_classes=None`). The class vector
+    is added to the start token; captions are read by cross-attention.
 
     Args:
         vocab_size: entries of the tokenizer's codebook, V.
@@ -245,8 +90,8 @@ class FlexTokAR(VistokModel):
         num_layers: blocks.
         num_heads: attention heads H.
         num_tokens: N, the most tokens an image can have.
-        mlp_hidden_size: hidden width of the feed-forward layers; None is 2/3 of 4 D rounded up to a multiple of 256, or 4 D
-            without a gate.
+        mlp_hidden_size: hidden width of the feed-forward layers; None is 2/3 of 4 D rounded up to a multiple of 256, or
+            4 D without a gate.
         gated_mlp: SwiGLU instead of GELU.
         norm_type: `"layer"` or `"rms"`.
         norm_eps: inside its root.
@@ -333,8 +178,8 @@ class FlexTokAR(VistokModel):
             # Features of the empty caption. Not in the authors' files: see `set_null_text`.
             self.null_text = nn.Parameter(torch.empty(1, caption_dim))
 
-        def make_norm(size: int) -> nn.Module:
-            return _norm(norm_type, size, norm_eps)
+        def norm(size: int) -> nn.Module:
+            return make_norm(norm_type, size, norm_eps)
 
         if mlp_hidden_size is None:
             mlp_hidden_size = feed_forward_size(hidden_size, 256) if gated_mlp else 4 * hidden_size
@@ -343,7 +188,7 @@ class FlexTokAR(VistokModel):
                 hidden_size,
                 num_heads,
                 mlp_hidden_size,
-                norm=make_norm,
+                norm=norm,
                 text=num_classes is None,
                 qk_norm=qk_norm,
                 cross_qk_norm=cross_qk_norm,
@@ -352,8 +197,8 @@ class FlexTokAR(VistokModel):
             )
             for _ in range(num_layers)
         )
-        self.norm = make_norm(hidden_size)
-        self.output_norm = make_norm(hidden_size) if head_norm else nn.Identity()
+        self.norm = norm(hidden_size)
+        self.output_norm = norm(hidden_size) if head_norm else nn.Identity()
         self.head = nn.Linear(hidden_size, vocab_size, bias=head_bias)
         self._initialise()
 
@@ -599,7 +444,7 @@ class FlexTokAR(VistokModel):
         class_zero_guidance: bool,
         settings: Mapping[str, Any],
         generator: Generators,
-    ) -> _Writer:
+    ) -> Writer:
         """Check every argument of a sampler, then read condition and prefix."""
         if self.training:
             raise InvalidInputError(
@@ -621,7 +466,7 @@ class FlexTokAR(VistokModel):
             null_condition = null_condition.to(self.device)
         if class_zero_guidance and self.is_text_conditional:
             raise InvalidInputError("class_zero_guidance is about classes; this model is text-conditional")
-        return _Writer(self, condition, ids, total, scale, null_condition, class_zero_guidance)
+        return Writer(self, condition, ids, total, scale, null_condition, class_zero_guidance)
 
     # ----------------------------------------------------------------------------------------------------- sampling
     def sample(
@@ -676,7 +521,7 @@ class FlexTokAR(VistokModel):
         return self._write(writer, choice)
 
     @torch.no_grad()
-    def _write(self, writer: _Writer, choice: Mapping[str, Any]) -> Iterator[Step]:
+    def _write(self, writer: Writer, choice: Mapping[str, Any]) -> Iterator[Step]:
         start = writer.ids.shape[1]
         total = writer.total - start
         for index in range(total):
@@ -798,7 +643,8 @@ class FlexTokAR(VistokModel):
             stops = [stop for stop in stops if stop > start]
         if not stops or stops[0] <= start or stops[-1] > writer.total:
             raise InvalidInputError(
-                f"the schedule must lie in {start + 1}..{writer.total} (after the prefix, up to num_tokens); got {stops}"
+                f"the schedule must lie in {start + 1}..{writer.total} (after the prefix, up to num_tokens); "
+                f"got {stops}"
             )
         choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         batch = len(condition)
@@ -849,41 +695,7 @@ class FlexTokAR(VistokModel):
     @classmethod
     def infer_config(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """Constructor arguments that the shapes and names of official weights show; {} if these are none."""
-
-        def shape(ending: str) -> tuple[int, ...] | None:
-            return next((tuple(value.shape) for key, value in state.items() if key.endswith(ending)), None)
-
-        embedding = shape("preprocessor.embedding.weight")
-        if embedding is None:
-            return {}
-        blocks = {int(key.split(".blocks.")[1].split(".")[0]) for key in state if ".blocks." in key}
-        classes, text = shape("preprocessor.cls_embedding.weight"), shape("text_encoder.mlp.fc1.weight")
-        hidden = shape("blocks.0.mlp.fc1.weight")
-        layer_norm = shape("post_trunk_norm.bias") is not None or shape("blocks.0.norm_1.bias") is not None
-        table = shape("preprocessor.positional_embedding")
-        known: dict[str, Any] = {
-            "vocab_size": embedding[0],
-            "hidden_size": embedding[1],
-            "num_layers": len(blocks),
-            "num_heads": max(1, embedding[1] // 64),
-            "gated_mlp": shape("blocks.0.mlp.fc3.weight") is not None,
-            "norm_type": "layer" if layer_norm else "rms",
-            "norm_eps": 1e-5 if layer_norm else 1e-6,
-            "qk_norm": shape("blocks.0.self_attn.q_norm.weight") is not None
-            or shape("blocks.0.attn.q_norm.weight") is not None,
-            "cross_qk_norm": shape("blocks.0.cross_attn.q_norm.weight") is not None,
-            "bias": shape("blocks.0.mlp.fc2.bias") is not None,
-            "head_norm": shape("head.norm.weight") is not None,
-            "head_bias": shape("head.linear.bias") is not None,
-            "num_classes": None if classes is None else classes[0],
-            "caption_dim": None if classes is not None or text is None else text[1],
-            "positions": "none" if table is None else "absolute",
-        }
-        if hidden is not None:
-            known["mlp_hidden_size"] = hidden[0]
-        if table is not None:
-            known["num_tokens"] = table[0]
-        return known
+        return names.infer_config(state)
 
     @classmethod
     def unwrap_official(cls, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -897,25 +709,7 @@ class FlexTokAR(VistokModel):
     @classmethod
     def rename_official(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official names to ours; parts of one product are joined, and captions get an unset null feature."""
-        text = any(".cross_attn." in key for key in state)
-        renamed: dict[str, Tensor] = {}
-        for key, value in _joined(state).items():
-            for theirs, ours in OFFICIAL_TO_OURS:
-                if key.startswith(theirs):
-                    key = ours + key.removeprefix(theirs)
-                    break
-            if key.startswith("layers."):
-                for theirs, ours in LAYER_TO_OURS:
-                    key = key.replace(theirs, ours)
-                key = key.replace(".norm_2.", ".cross_norm." if text else ".mlp_norm.")
-                key = key.replace(".norm_3.", ".mlp_norm.")
-            renamed[key] = value
-        features = renamed.get("text_mlp.fc1.weight")
-        if features is not None and "null_text" not in renamed:
-            renamed["null_text"] = torch.full((1, features.shape[1]), math.nan, dtype=features.dtype)
-            if features.is_meta:
-                renamed["null_text"] = renamed["null_text"].to("meta")
-        return renamed
+        return names.rename(state)
 
     @classmethod
     def diagnose_official(cls, missing: list[str], unexpected: list[str]) -> str | None:
@@ -923,250 +717,3 @@ class FlexTokAR(VistokModel):
         if any("enc_transformer" in key for key in unexpected):
             return "This is a FlexTok tokenizer; load it with FlexTok."
         return None
-
-
-OFFICIAL_TO_OURS = (
-    ("models.ar_image_model.preprocessor.embedding.", "token_embedding."),
-    ("models.ar_image_model.preprocessor.cls_embedding.", "class_embedding."),
-    ("models.ar_image_model.preprocessor.positional_embedding", "position_table"),
-    ("models.ar_image_model.preprocessor.sos_token_embed", "start"),
-    ("models.ar_image_model.trunk.blocks.", "layers."),
-    ("models.ar_image_model.trunk.post_trunk_norm.", "norm."),
-    ("models.ar_image_model.head.linear.", "head."),
-    ("models.ar_image_model.head.norm.", "output_norm."),
-    ("models.text_encoder.mlp.", "text_mlp."),
-)
-LAYER_TO_OURS = (
-    (".cross_attn.Wq.", ".cross_attention.q."),
-    (".cross_attn.", ".cross_attention."),
-    (".self_attn.", ".attention."),
-    (".attn.", ".attention."),
-    (".mlp.", ".feed_forward."),
-    (".norm_1.", ".attention_norm."),
-)
-
-
-def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join keys and values of cross-attention, and the halves of SwiGLU; incomplete pairs stay as they are."""
-    joined = dict(state)
-    for first, second, whole in (
-        (".cross_attn.Wk.", ".cross_attn.Wv.", ".cross_attn.kv."),
-        (".mlp.fc1.", ".mlp.fc3.", ""),
-    ):
-        for key in state:
-            other = key.replace(first, second)
-            if ".blocks." in key and first in key and other in state:
-                parts = torch.cat([joined.pop(key), joined.pop(other)])
-                joined[key.replace(first, whole) if whole else key] = parts
-    return joined
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Continuations of common beginnings.
-
-    Attributes:
-        tokens: ids [B * M, n], the M branches of an image side by side.
-        log_probs: float32 [B * M], of the written tokens under the guided and filtered distribution (at temperature 0:
-            under that of temperature 1).
-    """
-
-    tokens: VisualTokens
-    log_probs: Tensor
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """Result of `FlexTokAR.search`.
-
-    Attributes:
-        tokens: ids [B, n], the best candidate of each image.
-        scores: float [B].
-        history: for each stop, the surviving prefixes [B * beams, length] and their scores, best first.
-    """
-
-    tokens: VisualTokens
-    scores: Tensor
-    history: list[tuple[VisualTokens, Tensor]]
-
-
-class _Writer:
-    """What a sampler keeps while it writes: tokens, cache, captions, the last hidden state.
-
-    The conditional rows come first, image by image; with guidance, as many unconditional rows follow.
-
-    Args:
-        model: the generator.
-        condition: checked condition of B images.
-        ids: int64 [B, n], the prefix.
-        total: tokens an image will have.
-        guidance_scale: up to 1 is no guidance.
-        null: one empty caption; None takes the model's.
-        class_zero: see `FlexTokAR.sample`.
-
-    Attributes:
-        rows: samples of an image, side by side.
-        log_probs: float32 [B * rows], of the tokens written with `extend` or with their choice given.
-    """
-
-    def __init__(
-        self,
-        model: FlexTokAR,
-        condition: Tensor | TextCondition,
-        ids: Tensor,
-        total: int,
-        guidance_scale: float,
-        null: TextCondition | None,
-        class_zero: bool,
-    ) -> None:
-        self.model, self.ids, self.total, self.rows = model, ids, total, 1
-        self.images, self.scale, self.guided = len(condition), guidance_scale, guidance_scale > 1.0
-        self.checks = TokenChecks(ids.device)
-        self.log_probs = torch.zeros(self.images, device=ids.device)
-        self.captions: list[Caption] | None = None
-        if isinstance(condition, TextCondition):
-            self.captions = self._read(condition, null)
-            self.first = model.start.new_zeros(len(condition) * (1 + self.guided), model.start.shape[2])
-        else:
-            self.first = model.class_embedding(condition)
-            if self.guided:
-                self.first = torch.cat([self.first, torch.zeros_like(self.first)])
-        self.class_zero = class_zero and self.guided
-        if ids.shape[1] < total:
-            self._prefill()
-
-    def _read(self, text: TextCondition, null: TextCondition | None) -> list[Caption]:
-        """Keys and values of the captions, and with guidance of as many empty ones."""
-        features, mask = text.features.to(self.model.null_text.dtype), text.mask
-        if self.guided:
-            empty = self.model.null_text[None] if null is None else null.features.to(features.dtype)
-            empty_mask = torch.ones(empty.shape[:2], dtype=torch.bool, device=empty.device)
-            if null is not None and null.mask is not None:
-                empty_mask = null.mask
-            if mask is None:
-                mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-            length = max(features.shape[1], empty.shape[1])
-
-            def padded(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-                missing = length - values.shape[1]
-                return functional.pad(values, (0, 0, 0, missing)), functional.pad(valid, (0, missing))
-
-            features, mask = padded(features, mask)
-            empty, empty_mask = padded(empty, empty_mask)
-            features, mask = torch.cat([features, empty]), torch.cat([mask, empty_mask])
-        if mask is not None and bool(mask.all()):
-            mask = None
-        captions = self.model.captions(self.model.embed_text(features), mask)
-        if not self.guided:
-            return captions
-        # The empty caption was read once; its rows are copies.
-        rows = torch.arange(self.images + 1, device=features.device)
-        rows = torch.cat([rows[:-1], rows[-1:].expand(self.images)])
-        return [caption.select(rows) for caption in captions]
-
-    def _prefill(self) -> None:
-        """Run start token and prefix."""
-        model = self.model
-        ids = torch.cat([self.ids, self.ids]) if self.guided else self.ids
-        x = model.embed(ids, self.first)
-        # The last token is never fed, so there are as many slots as tokens.
-        self.cache = KVCache(
-            len(model.layers), len(x), model.num_heads, self.total, model.head_dim, dtype=x.dtype, device=x.device
-        )
-        self.hidden = model.run_blocks(x, self.captions, self.cache)[:, -1]
-
-    def logits(self) -> Tensor:
-        """Guided float32 [B * rows, V] of the next token."""
-        hidden = self.hidden.float()
-        if self.guided:
-            cond, uncond = hidden.chunk(2)
-            hidden = torch.lerp(uncond, cond, self.scale)
-        head = self.model.head
-        return functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
-
-    def choose(self, **choice: Any) -> Tensor:
-        """The next token of each row, int64 [B * rows]."""
-        logits = self.logits().unflatten(0, (self.images, self.rows))
-        return sampling.choose_tokens(logits, **choice).flatten()
-
-    def choose_distinct(
-        self, count: int, *, temperature: float, top_k: int, top_p: float, generator: Generators
-    ) -> Tensor:
-        """The next token of each row, where the `count` rows of an image (equal so far) get different ones."""
-        logits = self.logits().unflatten(0, (self.images, self.rows))[:, 0]
-        probabilities = _filtered(logits, temperature, top_k, top_p).softmax(-1)
-        possible = int((probabilities > 0).sum(1).min())
-        if possible < count and not bool(probabilities.isnan().any()):
-            raise InvalidInputError(
-                f"only {possible} tokens are left to choose from by top_k and top_p, and {count} distinct branches are "
-                "asked for; loosen them, or give distinct=False"
-            )
-        race = probabilities
-        if temperature > 0:  # the first ones of an exponential race are draws without replacement
-            race = race / sampling.exponential_noise(tuple(race.shape), generator, race.device)
-        chosen = race.topk(count, dim=1).indices
-        return torch.where(race.isnan().any(1, keepdim=True), -1, chosen).flatten()
-
-    def write(self, chosen: Tensor, *, last: bool, choice: Mapping[str, Any] | None = None) -> None:
-        """Append tokens int64 [B * rows], and run them unless they are the last.
-
-        Args:
-            chosen: -1 where the logits were no numbers.
-            last: nothing will follow.
-            choice: how they were chosen, to add up their log-probabilities; None does not.
-        """
-        chosen = self.checks(chosen, last=last)
-        if choice is not None:
-            filtered = _filtered(self.logits(), choice["temperature"], choice["top_k"], choice["top_p"])
-            picked = filtered.gather(1, chosen[:, None])[:, 0]
-            self.log_probs = self.log_probs + picked - filtered.logsumexp(1)
-        self.ids = torch.cat([self.ids, chosen[:, None]], dim=1)
-        if last:
-            return
-        if self.class_zero:
-            self._become_class_zero()
-            return
-        model = self.model
-        x = model.embed(chosen[:, None], None)
-        if self.guided:
-            x = torch.cat([x, x])
-        if model.position_table is not None:
-            x = x + model.position_table[self.cache.length].to(x.dtype)
-        self.hidden = model.run_blocks(x, self.captions, self.cache)[:, -1]
-
-    def _become_class_zero(self) -> None:
-        """Read everything again, with class 0 in the unconditional rows."""
-        self.class_zero = False
-        cond = self.first.chunk(2)[0]
-        zero = self.model.class_embedding.weight[0].to(cond.dtype).expand_as(cond)
-        self.first = torch.cat([cond, zero])
-        self._prefill()
-
-    def extend(self, length: int, choice: Mapping[str, Any]) -> None:
-        """Write until each row has `length` tokens."""
-        while self.ids.shape[1] < length:
-            self.write(self.choose(**choice), last=self.ids.shape[1] + 1 == self.total, choice=choice)
-
-    def fork(self, copies: int) -> None:
-        """Each row `copies` times, side by side."""
-        rows = torch.arange(self.images * self.rows, device=self.ids.device).repeat_interleave(copies)
-        self.select(rows, self.rows * copies)
-
-    def select(self, rows: Tensor, per_image: int) -> None:
-        """Go on with the rows at `rows`, int64 [B * per_image], of the same images."""
-        held = self.images * self.rows
-        self.ids, self.log_probs = self.ids.index_select(0, rows), self.log_probs.index_select(0, rows)
-        self.rows = per_image
-        everything = torch.cat([rows, rows + held]) if self.guided else rows
-        self.first = self.first.index_select(0, everything)
-        if self.ids.shape[1] == self.total:
-            return
-        self.cache.select_rows(everything)
-        self.hidden = self.hidden.index_select(0, everything)
-        if self.captions is not None:
-            self.captions = [caption.select(everything) for caption in self.captions]
-
-
-def _filtered(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Logits after temperature (0 counts as 1), top-k and top-p; -inf for what is left out."""
-    return filter_logits(logits / (temperature or 1.0), top_k, top_p)

@@ -1,0 +1,207 @@
+"""xAR's transformer block: RMSNorm, modulation by class and time, rotary attention, gated MLP.
+
+Each part has two forms. `forward` adds in the order of the authors' code and serves training, where gradients of long
+sums show every rounding; `step` is the fast form of sampling.
+
+Letters: R rows, G groups of tokens with one condition each, T tokens of a group, N tokens of the sequence, D width,
+H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vistok.nn.rope import apply_rotation
+
+__all__ = ["NORM_EPS", "Attend", "Block", "Modulation", "axial_rotation", "modulated_norm", "split_modulation"]
+
+NORM_EPS = 1e-6
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What the caller wants of queries, keys and values [R, H, N, C]."""
+Modulation: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Gates of attention and MLP, scales (with the 1 that they are added to), shifts; each broadcasts to [R, G, T, D]."""
+
+
+def axial_rotation(coordinates: Tensor, head_dim: int, device: torch.device, theta: float = 10000.0) -> Tensor:
+    """Rotary factors complex64 [N, C / 2]: the first half of the channels turns with the row, the second with the
+    column; rates theta^(-2j / (C / 2)), j = 0..C/4-1. Positions may lie between tokens.
+
+    Args:
+        coordinates: [N, 2], row and column.
+        head_dim: C, a multiple of 4.
+        device: of the result.
+        theta: base of the rates.
+    """
+    half = head_dim // 2
+    rates = 1.0 / theta ** (torch.arange(0, half, 2, device="cpu")[: half // 2].float() / half)
+    positions = coordinates.float()
+    angles = torch.cat([positions[:, :1] * rates, positions[:, 1:] * rates], dim=1)
+    return torch.complex(angles.cos(), angles.sin()).to(device)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """`apply_rotation` in real arithmetic, whose rounding is the authors': x cos + (the pair turned by 90 degrees) sin.
+
+    Args:
+        x: [R, N, H, C].
+        rotation: complex [N, C / 2].
+    """
+    cosines, sines = (part.repeat_interleave(2, dim=-1)[:, None] for part in (rotation.real, rotation.imag))
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-second, first), dim=-1).flatten(-2)
+    return (x * cosines + turned * sines).to(x.dtype)
+
+
+def rms(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) with statistics in float32."""
+    return functional.rms_norm(x.float(), (x.shape[-1],), None, NORM_EPS).to(x.dtype)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """rms(x) * scale + shift."""
+    return torch.addcmul(shift, rms(x), scale)
+
+
+def split_modulation(values: Tensor) -> Modulation:
+    """[..., 6, D] apart."""
+    first, second, third, fourth, fifth, sixth = values.unbind(-2)
+    return first, second, third, fourth, fifth, sixth
+
+
+class Attention(nn.Module):
+    """Self-attention with 2-D rotary positions."""
+
+    def __init__(self, size: int, num_heads: int, projection_dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.projection_dropout = num_heads, projection_dropout
+        self.qkv = nn.Linear(size, 3 * size)
+        self.proj = nn.Linear(size, size)
+
+    def project(self, x: Tensor, rotation: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """[R, N, D] -> turned queries and keys, and values, each [R, H, N, C]."""
+        heads = self.num_heads
+        projected = self.qkv(x).unflatten(-1, (3 * heads, -1))
+        turned = turn(projected[:, :, : 2 * heads], rotation)
+        parts = (turned[:, :, :heads], turned[:, :, heads:], projected[:, :, 2 * heads :])
+        return [part.transpose(1, 2) for part in parts]
+
+    def merge(self, attended: Tensor) -> Tensor:
+        """[R, H, N, C] -> [R, N, D]."""
+        return functional.dropout(
+            self.proj(attended.transpose(1, 2).flatten(2)), self.projection_dropout, self.training
+        )
+
+
+class FeedForward(nn.Module):
+    """fc2( GELU(fc1_g x) * fc1_x x ), a GEGLU."""
+
+    def __init__(self, size: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.fc1_g = nn.Linear(size, hidden)
+        self.fc1_x = nn.Linear(size, hidden)
+        self.fc2 = nn.Linear(hidden, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        hidden = functional.gelu(self.fc1_g(x)) * self.fc1_x(x)
+        hidden = functional.dropout(hidden, self.dropout, self.training)
+        return functional.dropout(self.fc2(hidden), self.dropout, self.training)
+
+
+class PackedFeedForward:
+    """`FeedForward` for sampling on GPUs: one product for both halves, widths rounded up with zeros.
+
+    Half-precision kernels want multiples of 8 (2730 and 3413, the widths of xAR-L and H, are none); GELU(0) * 0 is 0,
+    so the padding changes nothing. The matrices are copies: a third of the weights again.
+    """
+
+    def __init__(self, module: FeedForward, multiple: int = 64) -> None:
+        missing = -module.fc2.in_features % multiple
+
+        def padded(value: Tensor, dim: int) -> Tensor:
+            return functional.pad(value.detach(), (*[0, 0] * (value.ndim - 1 - dim), 0, missing))
+
+        self.weight = torch.cat([padded(module.fc1_g.weight, 0), padded(module.fc1_x.weight, 0)])
+        self.bias = torch.cat([padded(module.fc1_g.bias, 0), padded(module.fc1_x.bias, 0)])
+        self.output, self.output_bias = padded(module.fc2.weight, 1), module.fc2.bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        gate, value = functional.linear(x, self.weight, self.bias).chunk(2, dim=-1)
+        return functional.linear(functional.gelu(gate) * value, self.output, self.output_bias)
+
+
+class Block(nn.Module):
+    """x + g1 attention(norm(x) s1 + b1), then x + g2 mlp(norm(x) s2 + b2); all six come from the condition."""
+
+    def __init__(
+        self, size: int, num_heads: int, hidden: int, *, attention_dropout: float, projection_dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention_dropout = attention_dropout
+        self.attn = Attention(size, num_heads, projection_dropout)
+        self.mlp = FeedForward(size, hidden, projection_dropout)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
+
+    def modulation(self, activated: Tensor) -> Tensor:
+        """SiLU(condition) [..., D] -> [..., 6, D]: gates, scales (with the 1 that they are added to) and shifts, of
+        attention and MLP each.
+        """
+        values = self.ada_lin[1](activated).unflatten(-1, (6, -1))
+        gates, scales, shifts = values.split(2, dim=-2)
+        return torch.cat([gates, 1 + scales, shifts], dim=-2)
+
+    def forward(self, x: Tensor, activated: Tensor, spread: Tensor | None, rotation: Tensor, attend: Attend) -> Tensor:
+        """The block in training.
+
+        Args:
+            x: [R, G, T, D].
+            activated: SiLU(condition) [R, G', D].
+            spread: int64 [T], which of the G' each token has (then G is 1); None if G' is G.
+            rotation: complex [G T, C / 2].
+            attend: attention of all G T tokens.
+        """
+        values = self.modulation(activated)
+        values = values[:, :, None] if spread is None else values.index_select(1, spread)[:, None]
+        gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = split_modulation(values)
+        normed = (rms(x) * scale_attention + shift_attention).flatten(1, 2)
+        attended = self.attn.merge(attend(*self.attn.project(normed, rotation, rotate)))
+        x = x + gate_attention * attended.view_as(x)
+        return x + gate_mlp * self.mlp(rms(x) * scale_mlp + shift_mlp)
+
+    def step(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        rotation: Tensor,
+        attend: Attend,
+        mlp: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The block in sampling.
+
+        Args:
+            x: [R, T, D], tokens of one condition a row.
+            modulation: each [R, 1, D] or [1, 1, D].
+            rotation: complex [T, C / 2].
+            attend: attention.
+            mlp: a packed form of `self.mlp`, or None.
+        """
+        gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = modulation
+        normed = modulated_norm(x, scale_attention, shift_attention)
+        attended = attend(*self.attn.project(normed, rotation, apply_rotation))
+        x = torch.addcmul(x, gate_attention, self.attn.merge(attended))
+        normed = modulated_norm(x, scale_mlp, shift_mlp)
+        return torch.addcmul(x, gate_mlp, self.mlp(normed) if mlp is None else mlp(normed))
+
+    def keys_and_values(self, x: Tensor, modulation: Modulation, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """What later entities see of these tokens [R, T, D]: keys and values [R, H, T, C], and nothing else."""
+        normed = modulated_norm(x, modulation[2], modulation[4])
+        _, key, value = self.attn.project(normed, rotation, apply_rotation)
+        return key, value
