@@ -1,8 +1,8 @@
 """FlexTok as described by its authors (arXiv 2502.13967), on the weights of our models: nothing is left out or kept.
 
 Every sample carries all N registers, dropped ones as mask tokens; each step computes the modulation of every block anew
-and spreads it over all rows; conditional and unconditional velocities are two passes; the encoder runs all registers under
-one mask; the generator reads the whole prefix again for every token.
+and spreads it over all rows; conditional and unconditional velocities are two passes; the encoder runs all registers
+under one mask; the generator reads the whole prefix again for every token.
 
 Letters: B samples, P patches, N registers, D channels, Z, h, w channels and sides of the latents, V codes.
 """

@@ -121,7 +121,13 @@ def generate(
         scale = 1 + (pivot_guidance_scale - 1) * (pivots - remaining) / pivots if guided else None
         states[chosen] = z[:batch][chosen]
         small[chosen] = sample_head(
-            model.diffloss, z[chosen.repeat(copies, 1)], scale, temperature, config.num_diffusion_steps, batch, generator
+            model.diffloss,
+            z[chosen.repeat(copies, 1)],
+            scale,
+            temperature,
+            config.num_diffusion_steps,
+            batch,
+            generator,
         )
     image = torch.zeros(batch, dense, channels)
     guided, left = guidance_scale != 1.0, dense

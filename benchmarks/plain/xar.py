@@ -65,7 +65,7 @@ def run_block(
 def network(
     model: XAR, tokens: Tensor, labels: Tensor, index: Tensor, start: int, mask: Tensor | None, past: Past | None
 ) -> tuple[Tensor, Past]:
-    """Velocities [R, n, C] of tokens at sequence positions from `start`, told the times `index` [n]; keys and values."""
+    """Velocities [R, n, C] of tokens from position `start` on, at times `index` [n]; and keys and values."""
     stop = start + tokens.shape[1]
     condition = (model.class_emb(labels)[:, None] + model.time_embed(index)).expand(-1, tokens.shape[1], -1)
     x = model.z_proj_ln(model.z_proj(tokens) + model.encoder_pos_embed_learned[:, start:stop])

@@ -452,7 +452,7 @@ def test_patches_of_latents() -> None:
     assert model.token_size == 12
     batch = batch_of(model)
     assert batch["latents"].shape == (4, 3, 8, 8)
-    assert float(model.training_loss(batch)["loss"]) > 0
+    assert float(model.training_loss(batch)["loss"].detach()) > 0
     tokens = model.eval().generate(LABELS, num_inference_steps=2)
     assert unpatchify(tokens.features, tokens.grid, 2).shape == (3, 3, 8, 8)
 

@@ -80,7 +80,7 @@ def test_one_step_for_a_batch_equals_steps_for_samples() -> None:
     x, eps, logits, noise = (torch.randn(2, 5, generator=draws) for _ in range(4))
     for step in process.reverse_steps():
         for values in (logits, None):
-            index = torch.full((2,), step.index)
+            index = torch.full((2,), step.number)
             slow = process.ancestral_sample(x, index, eps, noise, values, temperature=0.7)
             fast = ancestral_step(x, step, eps, noise, values, temperature=0.7)
             torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)

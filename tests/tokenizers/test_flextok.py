@@ -226,7 +226,7 @@ def test_training_lowers_the_loss_and_leaves_the_auto_encoder() -> None:
         optimizer.zero_grad()
         found["loss"].backward()
         optimizer.step()
-        losses.append((float(found["loss"]), float(found["repa"])))
+        losses.append((found["loss"].item(), found["repa"].item()))
     assert losses[-2][0] < losses[0][0]
     assert losses[-2][1] < losses[0][1]
     assert all(torch.equal(value, before[key]) for key, value in model.vae.state_dict().items())
@@ -375,7 +375,7 @@ def test_pictures_in_and_out(model: FlexTok, tmp_path: Path) -> None:
         model.preprocess([])
 
 
-# ---------------------------------------------------------------------------------------------------- saving and loading
+# --------------------------------------------------------------------------------------------------- saving and loading
 
 
 def test_saving_and_loading(model: FlexTok, tmp_path: Path) -> None:

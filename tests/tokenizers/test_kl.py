@@ -216,7 +216,7 @@ def test_training_lowers_the_loss_with_and_without_an_adversary() -> None:
     assert {"reconstruction", "adversarial", "adaptive_weight", "kl"} <= losses.keys()
     losses["loss"].backward()
     judged = objective.discriminator_turn(x, output.sample, 0)
-    assert float(judged["loss"]) > 0
+    assert float(judged["loss"].detach()) > 0
 
 
 # --------------------------------------------------------------------------------------------------- the authors' files

@@ -435,7 +435,7 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         TokenPacker.from_official(official, arguments)
     with pytest.raises(CheckpointError, match="LLaVA's MLP projector"):
         TokenPacker.from_official({"0.weight": torch.ones(2, 2), "2.weight": torch.ones(2, 2)}, arguments)
-    with pytest.raises(UnknownNameError, match="tokenpacker-7b"):
+    with pytest.raises(UnknownNameError, match=r"tokenpacker-7b\.144tokens"):
         TokenPacker.from_official(official, "tokenpacker-7")
     with pytest.raises(CheckpointError, match="no checkpoint index"):
         TokenPacker.from_official(tmp_path, arguments)

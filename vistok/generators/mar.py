@@ -32,6 +32,7 @@ from vistok.nn.masked import (
     count_blocks,
     guidance_at,
     plan_steps,
+    take_tokens,
     without_wrapper,
 )
 from vistok.nn.sampling import Generators, Step
@@ -309,11 +310,11 @@ class MAR(MaskedGenerator):
         visible, hidden = order[:, :known], order[:, known:]
         encoded = self._encode(tokens, visible, self.context(condition, drop))
         outputs = self.decode_hidden(self.phase(), encoded, visible, hidden, self.num_tokens)
-        return outputs.gather(1, order.argsort(dim=1)[..., None].expand_as(outputs))
+        return take_tokens(outputs, order.argsort(dim=1))
 
     def _encode(self, tokens: Tensor, visible: Tensor, context: Tensor) -> Tensor:
         """Encoder outputs [B, T + V, E] of the tokens at `visible` [B, V]."""
-        known = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[2]))
+        known = take_tokens(tokens, visible)
         context = context.expand(len(tokens), -1, -1)
         return self.encode_visible(self.phase(), context, self.z_proj(known.to(context.dtype)), visible)
 
@@ -335,7 +336,7 @@ class MAR(MaskedGenerator):
         hidden, visible = order[:, :count].sort(1).values, order[:, count:].sort(1).values
         context = self.context(condition, self.condition_drop(len(tokens), generator))
         z = self.decode_hidden(self.phase(), self._encode(tokens, visible, context), visible, hidden, count)
-        target = tokens.gather(1, hidden[..., None].expand(-1, -1, tokens.shape[2]))
+        target = take_tokens(tokens, hidden)
         loss = self.diffloss.loss(
             target.flatten(0, 1), z.flatten(0, 1), repeats=self.diffusion_repeats, generator=generator
         )
@@ -425,7 +426,7 @@ class MAR(MaskedGenerator):
         draw = self.diffloss.sampler(num_diffusion_steps)
         if plan[0].masked < self.num_tokens:
             given = order[:, plan[0].masked :].sort(1).values.to(device)
-            taken = features.gather(1, given[..., None].expand(-1, -1, self.token_size))
+            taken = take_tokens(features, given)
             run.add(self.z_proj(taken.to(self.dtype)), given)
         for index, (step, scale) in enumerate(zip(plan, scales)):
             changed = order[:, step.left : step.masked].sort(1).values

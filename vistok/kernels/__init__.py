@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vistok.kernels.adaptive_norm import gated_modulated_norm, modulated_norm
 from vistok.kernels.dispatch import BACKENDS, Choice, Declined, current, explain, operations, use
 from vistok.kernels.finite_scalar import finite_scalar, finite_scalar_codes, finite_scalar_quantize
 from vistok.kernels.guided_sampling import filter_logits, guided_sampling
@@ -17,7 +18,9 @@ __all__ = [
     "finite_scalar",
     "finite_scalar_codes",
     "finite_scalar_quantize",
+    "gated_modulated_norm",
     "guided_sampling",
+    "modulated_norm",
     "nearest_code",
     "operations",
     "use",

@@ -107,11 +107,11 @@ def respaced_timesteps(respacing: str | int, steps: int = TRAINING_STEPS) -> lis
         size = steps // len(counts) + (section < steps % len(counts))
         if count > size:
             raise InvalidInputError(f"a section of {size} steps has no {count} of them (given {respacing!r})")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        distance = (size - 1) / (count - 1) if count > 1 else 1.0
         place = 0.0
         for _ in range(count):
             chosen.add(start + round(place))
-            place += stride
+            place += distance
         start += size
     if not chosen:
         raise InvalidInputError(f"at least one diffusion step is needed; got {respacing!r}")
@@ -122,7 +122,7 @@ class ReverseStep(NamedTuple):
     """Numbers of one sampling step, so that no table has to be read on the device.
 
     Attributes:
-        index: number of the step in the respaced process; S - 1 is the noisiest and comes first.
+        number: of the step in the respaced process; S - 1 is the noisiest and comes first.
         timestep: what the network is told, 0..T-1.
         state_weight, eps_weight: the mean is `state_weight * x - eps_weight * eps`.
         log_beta, log_posterior: ends of the learned range of log variances.
@@ -130,7 +130,7 @@ class ReverseStep(NamedTuple):
         signal, noise: sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod), which noise clean values to this level.
     """
 
-    index: int
+    number: int
     timestep: int
     state_weight: float
     eps_weight: float
@@ -204,7 +204,7 @@ class DiffusionProcess:
 
     def at(self, table: Tensor, index: Tensor, like: Tensor) -> Tensor:
         """Entries of a table at `index` [N] as float32, shaped to multiply `like` [N, ...]."""
-        values = table.to(index.device)[index].float()
+        values = table.float().to(index.device)[index]
         return values.view(-1, *[1] * (like.ndim - 1))
 
     def add_noise(self, x0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
@@ -356,7 +356,7 @@ def ancestral_step(
         The next state, float32.
     """
     mean = torch.add(x * step.state_weight, eps.float(), alpha=-step.eps_weight)
-    if noise is None or step.index == 0 or temperature == 0.0:
+    if noise is None or step.number == 0 or temperature == 0.0:
         return mean
     if logits is None:
         return mean.add_(noise, alpha=step.std * temperature)

@@ -220,7 +220,7 @@ class DiffusionHeadSampler:
             activated = functional.silu(embedded + time)
             eps, logits = self.net.guided(x.to(embedded.dtype), activated, guidance_scale)
             noise = None
-            if step.index and temperature:
+            if step.number and temperature:
                 noise = diffusion.gaussian_noise(shape, generator, condition.device).flatten(0, 1)
             x = ancestral_step(x, step, eps, noise, logits, temperature=temperature)
         return x

@@ -41,6 +41,7 @@ __all__ = [
     "patchify",
     "plan_steps",
     "random_orders",
+    "take_tokens",
     "truncated_normal_rate",
     "unpatchify",
     "without_wrapper",
@@ -134,6 +135,13 @@ def guidance_at(schedule: GuidanceSchedule, guidance_scale: float, share: float)
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
     """table[index] for a table [L, D] and int64 [B, N]: a flat index_select copies whole rows."""
     return table.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def take_tokens(values: Tensor, index: Tensor) -> Tensor:
+    """The rows of values [B, N, D] at int64 [B, n], image by image: [B, n, D]."""
+    batch, total = values.shape[:2]
+    starts = torch.arange(batch, device=values.device)[:, None] * total
+    return gather_rows(values.flatten(0, 1), index + starts)
 
 
 # ------------------------------------------------------------------------------------------------------- the two stacks
@@ -387,7 +395,7 @@ class MaskedGenerator(VistokModel):
     def batch_tokens(
         self, batch: Mapping[str, Any], names: tuple[str, str], grid: tuple[int, int], channels: int, patch_size: int
     ) -> Tensor:
-        """Training tokens float32 [B, N, C p p]: from latents [B, C, H, W] or given as such, under the first or second name.
+        """Training tokens float32 [B, N, C p p]: latents [B, C, H, W] under the first name, or tokens under the second.
 
         Raises:
             InvalidInputError: missing, misshapen, or with NaN or infinity.

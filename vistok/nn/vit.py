@@ -39,8 +39,9 @@ class SelfAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries [B, Q, D], keys and values [B, L, D] to the projected outputs [B, Q, D]."""
-        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
-        attended = functional.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0)
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        attended = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return functional.dropout(
             self.proj(attended.transpose(1, 2).flatten(2)), self.projection_dropout, self.training
         )

@@ -59,10 +59,13 @@ class DivPrune(Pruner):
     def __init__(self, keep_ratio: float = 0.25, *, positions: Positions = "auto") -> None:
         check_ratio("keep_ratio", keep_ratio)
 
+        def count(now: int, first: int) -> int:
+            return max(1, int(round(keep_ratio * now)))
+
         def select(scores: list[Tensor], context: Context) -> list[Tensor]:
             return [
-                diverse_tokens(context.features(span), max(1, int(round(keep_ratio * len(span))))).sort().values
+                diverse_tokens(context.features(span), count(len(span), len(span))).sort().values
                 for span in context.spans
             ]
 
-        super().__init__([Stage("embeddings", select, positions=positions, name="DivPrune")])
+        super().__init__([Stage("embeddings", select, positions=positions, name="DivPrune", count=count)])

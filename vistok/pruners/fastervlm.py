@@ -12,7 +12,7 @@ from torch import Tensor
 from vistok.errors import InvalidInputError
 from vistok.pruners.fopru import ReceivedScorer, ViewSelector
 from vistok.pruners.pruner import Pruner
-from vistok.pruners.stages import Positions, Stage, best, check_ratio
+from vistok.pruners.stages import Positions, Stage, best, check_ratio, truncated_keep
 
 __all__ = ["FasterVLM"]
 
@@ -50,6 +50,8 @@ class FasterVLM(Pruner):
             return best(view, tokens_per_view or max(1, int(view.shape[0] * keep_ratio)))
 
         scorer = ReceivedScorer("cls", fallback=fallback)
+        count = None if tokens_per_view is not None else truncated_keep(keep_ratio, least=1)
+        selector = ViewSelector(choose, "drop")
         super().__init__(
-            [Stage("tower", ViewSelector(choose, "drop"), scorer, layer=layer, positions=positions, name="FasterVLM")]
+            [Stage("tower", selector, scorer, layer=layer, positions=positions, name="FasterVLM", count=count)]
         )

@@ -29,7 +29,7 @@ from torch import Tensor
 from vistok.errors import InvalidInputError
 from vistok.pruners.hosts.base import Rows, TowerAttention, Visual
 from vistok.pruners.pruner import Pruner
-from vistok.pruners.stages import Context, Positions, Scorer, Stage, best, check_ratio
+from vistok.pruners.stages import Context, Positions, Scorer, Stage, best, check_ratio, truncated_keep
 
 __all__ = ["FoPru", "Newline", "ReceivedScorer", "keep_newlines", "select_rank", "select_rows"]
 
@@ -184,6 +184,8 @@ class FoPru(Pruner):
             if scope == "global"
             else ViewSelector(rank if strategy == "rank" else row, newline)
         )
+        count = truncated_keep(ratio, least=1) if strategy == "rank" else None
+        scorer = ReceivedScorer(queries)
         super().__init__(
-            [Stage("tower", selector, ReceivedScorer(queries), layer=layer, positions=positions, name="FoPru")]
+            [Stage("tower", selector, scorer, layer=layer, positions=positions, name="FoPru", count=count)]
         )

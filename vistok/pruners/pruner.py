@@ -85,6 +85,25 @@ class Pruner(Attachable):
         """The stages on a given model; methods whose stages depend on it override this."""
         return self.stages
 
+    def plan(self, depth: int, visual: int) -> list[int]:
+        """Visual tokens that each of `depth` decoder layers sees, for an image of so many tokens.
+
+        Raises:
+            InvalidInputError: if a stage acts past the depth, or keeps a number that depends on the picture.
+        """
+        now, bounds = visual, []
+        for stage in self.stages:
+            start = stage.layer if stage.place == "decoder" else 0
+            assert start is not None
+            if start >= depth:
+                raise InvalidInputError(f"a stage acts before layer {start} and the decoder has layers 0..{depth - 1}")
+            now = stage.planned(now, visual)
+            bounds.append((start, now))
+        tokens = [visual] * depth
+        for start, count in bounds:
+            tokens[start:] = [count] * (depth - start)
+        return tokens
+
     def __add__(self, other: Pruner) -> Pruner:
         if not isinstance(other, Pruner):
             return NotImplemented

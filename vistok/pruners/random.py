@@ -34,14 +34,19 @@ class RandomPruner(Pruner):
     ) -> None:
         check_ratio("keep_ratio", keep_ratio)
 
+        def count(now: int, first: int) -> int:
+            return max(1, now - round(now * (1 - keep_ratio)))
+
         def select(scores: list[Tensor], context: Context) -> list[Tensor]:
             kept, seen = [], dict.fromkeys((span.sample for span in context.spans), 0)
             for span in context.spans:
                 number = seen[span.sample]
                 seen[span.sample] += 1
-                count = max(1, len(span) - round(len(span) * (1 - keep_ratio)))
-                kept.append(random_tokens(len(span), count, seed + 7919 * number).to(span.index.device))
+                chosen = random_tokens(len(span), count(len(span), len(span)), seed + 7919 * number)
+                kept.append(chosen.to(span.index.device))
             return kept
 
         place = "embeddings" if layer is None else "decoder"
-        super().__init__([Stage(place, select, layer=layer, positions=positions, name="random")])  # type: ignore[arg-type]
+        super().__init__(
+            [Stage(place, select, layer=layer, positions=positions, name="random", count=count)]  # type: ignore[arg-type]
+        )

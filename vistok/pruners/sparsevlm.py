@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vistok.errors import InvalidInputError
 from vistok.pruners.pruner import Pruner
-from vistok.pruners.stages import Context, Positions, Scorer, Selection, Span, Stage, check_layer
+from vistok.pruners.stages import Context, Count, Positions, Scorer, Selection, Span, Stage, check_layer
 
 __all__ = ["SETTINGS", "SparseVLM", "cluster_and_merge", "rater_scores"]
 
@@ -158,7 +158,20 @@ class SparseVLM(Pruner):
             layer=layer,
             positions=positions,
             name="SparseVLM",
+            count=self._planned(count),
         )
+
+    def _planned(self, count: int) -> Count:
+        """Kept tokens and clusters."""
+
+        def planned(now: int, first: int) -> int:
+            number = max(1, round(count * first / 576)) if self.scaled else count
+            number = max(1, min(number, now - 1))
+            if not self.recycle or number == now:
+                return number
+            return number + int(min(int(0.3 * (now - number)) + 1, now - number) / 10) + 1
+
+        return planned
 
     def recycled(self, kept: Tensor, score: Tensor, context: Context, span: Span) -> Selection:
         """Kept tokens, then the means of clusters of the best dropped ones."""

@@ -160,6 +160,7 @@ class Stage:
         positions: `"renumber"` closes the gaps in the rotary positions, `"keep"` leaves them, `"auto"` renumbers
             unless the model has several rotary axes.
         name: what the report calls it.
+        count: how many tokens it keeps, for planning costs without a model; a `TopK` selector knows it by itself.
     """
 
     place: Place
@@ -169,6 +170,7 @@ class Stage:
     layer: int | None = None
     positions: Positions = "auto"
     name: str = ""
+    count: Count | None = None
 
     def __post_init__(self) -> None:
         if self.place not in ("tower", "embeddings", "decoder"):
@@ -181,6 +183,17 @@ class Stage:
                     f"a decoder stage acts before a layer from 1 on, got {self.layer}; to prune before layer 0 use the "
                     "place 'embeddings'"
                 )
+
+    def planned(self, now: int, first: int) -> int:
+        """Tokens that stay of `now` alive and `first` at first.
+
+        Raises:
+            InvalidInputError: if the stage's number depends on the picture.
+        """
+        count = self.count or getattr(self.selector, "count", None)
+        if count is None:
+            raise InvalidInputError(f"{self.name or 'this stage'} keeps a number of tokens that depends on the picture")
+        return count(now, first)
 
     def select(self, context: Context) -> tuple[list[Selection], list[Tensor]]:
         """Selections and scores, span by span."""

@@ -330,6 +330,7 @@ class VFlowOpt(Pruner):
                 layer=self.tower_layer,
                 positions=self.positions,
                 name="VFlowOpt",
+                count=rounded_drop(self.settings.ratios[0]),
             )
         ]
         for layer, ratio in zip(layers, later):

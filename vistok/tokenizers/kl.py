@@ -300,7 +300,7 @@ class KLModel(VistokModel, AutoencoderKL):
 
     # ---- objective
 
-    def forward(self, images: Tensor, *, generator: Generators = None) -> KLModelOutput:  # type: ignore[override]
+    def forward(self, images: Tensor, *, generator: Generators = None) -> KLModelOutput:
         """Encode, sample the posterior (in training; else its mean) and decode.
 
         Args:
@@ -349,9 +349,7 @@ class KLModel(VistokModel, AutoencoderKL):
         return self._encode(images)
 
     @torch.no_grad()
-    def encode(  # type: ignore[override]
-        self, images: Tensor, *, sample: bool = False, generator: Generators = None
-    ) -> VisualTokens:
+    def encode(self, images: Tensor, *, sample: bool = False, generator: Generators = None) -> VisualTokens:
         """Images to tokens.
 
         Args:
@@ -390,9 +388,7 @@ class KLModel(VistokModel, AutoencoderKL):
         return self.tokens_from_latents(self.scale_latents(latents))
 
     @torch.no_grad()
-    def decode(  # type: ignore[override]
-        self, tokens: VisualTokens, *, generator: Generators = None
-    ) -> Tensor:
+    def decode(self, tokens: VisualTokens, *, generator: Generators = None) -> Tensor:
         """Tokens to images.
 
         Args:
@@ -414,8 +410,8 @@ class KLModel(VistokModel, AutoencoderKL):
     def _decoded(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.dtype)
         if self.use_slicing and len(latents) > 1:
-            return torch.cat([self._decode(part).sample for part in latents.split(1)])  # type: ignore[union-attr]
-        return self._decode(latents).sample  # type: ignore[union-attr]
+            return torch.cat([self._decode(part).sample for part in latents.split(1)])
+        return self._decode(latents).sample
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """What generators see: (z - mean) / std * scale, or (z - shift) * scale, [B, C, h, w]."""

@@ -96,9 +96,7 @@ def in_order(states: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
     return states.gather(1, order[..., None].expand_as(states))
 
 
-def both_stacks(
-    model: HiMAR, index: int, tokens: Tensor, mask: Tensor, context: Tensor
-) -> tuple[Tensor, Tensor]:
+def both_stacks(model: HiMAR, index: int, tokens: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
     """Encoder outputs and all decoder outputs [B, L, D] of a phase, from embedded tokens [B, L, D]."""
     visible, hidden = split(mask)
     phase = model.phase(index)
@@ -117,14 +115,20 @@ def stages(g: Any) -> dict[str, Tensor]:
     first = torch.cat([model.cond_proj(pivots), model.z_proj(dense)], dim=1)
     second = torch.cat([model.cond_z_proj(inputs["small_z"]), model.z_proj(dense)], dim=1)
     found = {"patchified": dense, "pivot_patchified": pivots}
-    for name, index, tokens, mask in (("stage1", 0, first, mask1), ("stage2", 1, second, mask2), ("stage2_cond", 1, first, mask2)):
+    for name, index, tokens, mask in (
+        ("stage1", 0, first, mask1),
+        ("stage2", 1, second, mask2),
+        ("stage2_cond", 1, first, mask2),
+    ):
         found[f"{name}.encoder_out"], found[f"{name}.z"] = both_stacks(model, index, tokens, mask, context)
     every = torch.arange(model.num_pivots).expand(len(pivots), -1)
     found["stage1_allmasked_uncond.z"] = model.pivot_states(pivots, every[:, :0], every, model.context(None))
     # The same states through the functions that training uses.
     visible, hidden = split(mask1[:, : model.num_pivots])
     states = model.pivot_states(pivots, visible, hidden, context)
-    torch.testing.assert_close(states, found["stage1.z"].gather(1, hidden[..., None].expand_as(states)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        states, found["stage1.z"].gather(1, hidden[..., None].expand_as(states)), rtol=1e-4, atol=1e-5
+    )
     visible, hidden = split(mask2[:, model.num_pivots :])
     dense_states = model.dense_states(dense, visible, hidden, model.cond_z_proj(inputs["small_z"]), context, every=True)
     torch.testing.assert_close(dense_states, found["stage2.z"][:, model.num_pivots :], rtol=1e-4, atol=1e-5)

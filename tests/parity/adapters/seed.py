@@ -35,7 +35,7 @@ from vistok.tokens import VisualTokens
 SYSTEM = "seed"
 
 
-# --------------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------------------------- networks
 def vision(config: dict[str, Any]) -> VisionTransformer:
     width = config["embed_dim"]
     return VisionTransformer(
@@ -66,7 +66,9 @@ def qformer(g: Any) -> QFormer:
         bert["num_hidden_layers"],
         bert["num_attention_heads"],
         bert["intermediate_size"],
-        g.config.get("encoder_width", next(v for k, v in g.weights.items() if "crossattention.self.key.w" in k).shape[1]),
+        g.config.get(
+            "encoder_width", next(v for k, v in g.weights.items() if "crossattention.self.key.w" in k).shape[1]
+        ),
         cross_attention_every=g.call.get("cross_attention_freq", 2),
         text_vocab_size=bert["vocab_size"] if "word_embeddings.weight" in weights else None,
         max_positions=bert["max_position_embeddings"],
@@ -118,9 +120,7 @@ def qformer_other_masks(g: Any) -> dict[str, Tensor]:
         if name.startswith("query"):
             number = queries.shape[1]
             outputs[name] = model(queries, encoder_states=encoder, causal=number == 32)
-    outputs["multimodal"] = model(
-        g.inputs["query32"], ids, encoder_states=encoder, text_mask=words, causal=True
-    )
+    outputs["multimodal"] = model(g.inputs["query32"], ids, encoder_states=encoder, text_mask=words, causal=True)
     cache: list[tuple[Tensor, Tensor]] = []
     model(g.inputs["query32"], encoder_states=encoder, causal=True, cache=cache)
     states = model(text_ids=ids, text_mask=words, past=cache)
@@ -133,7 +133,7 @@ def qformer_other_masks(g: Any) -> dict[str, Tensor]:
     return outputs
 
 
-# ------------------------------------------------------------------------------------------------------------------ codes
+# ---------------------------------------------------------------------------------------------------------------- codes
 @torch.no_grad()
 def encode(g: Any) -> dict[str, Tensor]:
     model = SEED.from_official(g.weights, g.config)
@@ -158,11 +158,12 @@ def decode(g: Any) -> dict[str, Tensor]:
 
 def quantizer_train(g: Any) -> dict[str, Tensor]:
     outputs = {}
-    beta = g.config.get("beta", 0.25)
-    assert beta == 0.25, "SEED's codebook weight"
     for name, legacy in (("legacy", True), ("fixed", False)):
         model = SEED.tiny(
-            codebook_size=g.config["n_e"], codebook_dim=g.config["e_dim"], num_queries=g.inputs["z"].shape[1]
+            codebook_size=g.config["n_e"],
+            codebook_dim=g.config["e_dim"],
+            codebook_weight=g.config.get("beta", 0.25),
+            num_queries=g.inputs["z"].shape[1],
         )
         with torch.no_grad():
             model.codebook.copy_(g.weights["embedding.weight"])
@@ -179,7 +180,7 @@ def quantizer_train(g: Any) -> dict[str, Tensor]:
     return outputs
 
 
-# --------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 def gradients(model: SEED, names: list[str]) -> dict[str, Tensor]:
     """Gradients under the authors' names, and their norms in the order of `names`."""
     with torch.no_grad():
@@ -233,7 +234,8 @@ def train_itc(g: Any) -> dict[str, Tensor]:
     loss = model.contrastive_loss(pixels, ids, mask)["loss"]
     loss.backward()
     with torch.no_grad():
-        images, texts = model.contrastive_features(pixels, ids, mask)
+        images = model.vision_proj(model.causal_embeddings(pixels))
+        texts = model.text_proj(model.qformer(text_ids=ids, text_mask=mask)[:, 0])
     return {
         "loss": loss,
         "loss_itc": loss,
@@ -243,7 +245,7 @@ def train_itc(g: Any) -> dict[str, Tensor]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- unCLIP
+# --------------------------------------------------------------------------------------------------------------- unCLIP
 def load_clip(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     """CLIP weights of old transformers versions: buffers are gone, and a prefix of text and vision models."""
     own = model.state_dict()
@@ -375,7 +377,7 @@ def tokenizer_roundtrip(g: Any) -> dict[str, Tensor]:
     }
 
 
-# --------------------------------------------------------------------------------------------------- pictures and language
+# ------------------------------------------------------------------------------------------------ pictures and language
 def preprocess(g: Any) -> dict[str, Tensor]:
     model = SEED.tiny(image_size=g.config["image_size"], patch_size=g.config["image_size"])
     outputs = {}
@@ -423,7 +425,7 @@ def llm_sequence(g: Any) -> dict[str, Tensor]:
     return outputs
 
 
-# -------------------------------------------------------------------------------------------------------------- manifests
+# ------------------------------------------------------------------------------------------------------------ manifests
 Keys = dict[str, tuple[tuple[int, ...], str]]
 BERT_WORDS = 30523
 
@@ -434,7 +436,7 @@ def meta(keys: Keys) -> dict[str, Tensor]:
 
 def published(**changes: Any) -> SEED:
     with torch.device("meta"):
-        return SEED(**{**SEED.published["seed-2"].config, **changes})
+        return SEED(**{**SEED.published["seed-2.unclip"].config, **changes})
 
 
 def whole_manifest(name: str, keys: Keys) -> None:
@@ -443,9 +445,10 @@ def whole_manifest(name: str, keys: Keys) -> None:
     official = {key: value for key, value in meta(keys).items() if not key.endswith("position_ids")}
     problems += describe_mismatch(model.to_official(), official)
     assert not problems, "; ".join(problems)
-    key_biases = model.config.vision_layers * model.config.vision_size  # zeros that the authors do not store
-    number = sum(parameter.numel() for parameter in model.parameters()) - key_biases
-    assert number == SEED.published["seed-2"].parameters, number
+    # Ours has a bias for the keys of the vision transformer: zeros, which the authors do not store.
+    key_biases = model.config.vision_layers * model.config.vision_size
+    stored = sum(value.numel() for value in official.values())
+    assert stored + key_biases == SEED.published["seed-2.unclip"].parameters, stored
 
 
 def part_manifest(name: str, keys: Keys) -> None:
@@ -462,9 +465,7 @@ def part_manifest(name: str, keys: Keys) -> None:
         part = tuple(key for key in model.state_dict() if not key.startswith("vision."))
     else:
         model = published(head="qformer", reverse_layers=4)
-        part = tuple(
-            key for key in model.state_dict() if not key.startswith(("vision", "qformer.", "query_tokens"))
-        )
+        part = tuple(key for key in model.state_dict() if not key.startswith(("vision", "qformer.", "query_tokens")))
     official = {prefix + key: value for key, value in meta(keys).items()}
     given = seed_from_official(_relevant(official, model))
     expected = {key: value for key, value in model.state_dict().items() if key.startswith(part)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,9 +124,7 @@ def projector_published(g: Any) -> dict[str, Tensor]:
     key, value = packer.key_value(multi_level)
     points = packer.query_proj(packer.point_query(features, grid, packer.scale_factor))
     attended = packer.region_attention(points, key, value, grid, packer.scale_factor)
-    stride = 12 if "inputs.stride" not in g.inputs else int(g.inputs["stride"])
-    shown = g.outputs["tokens_stride"].shape[1]
-    stride = -(-tokens.shape[1] // shown)
+    stride = int(g.inputs["stride"]) if "stride" in g.inputs else 12
     mean = attended.mean(-1).transpose(0, 1).reshape(1, -1)
     return {
         "tokens_stride": tokens[:, ::stride],
@@ -236,8 +235,9 @@ def assemble(g: Any) -> dict[str, Tensor]:
         ),
     }
     one = g.inputs["input_ids_one"]
+    named = re.search(r"\((\d+)x(\d+)", " ".join(g.call.get("modes", [])))
     crops = len(g.inputs["features_row"])
-    row = (1, max(1, crops - 1))  # one row, and its overview
+    row = (int(named[1]), int(named[2])) if named else (1, max(1, crops - 1))  # one row, and its overview
     runs["slice_inference"] = splice_visual_tokens(embedding, one, g.inputs["features_row"], grids=[row], **words)
     two = g.inputs["input_ids_two"]
     number = int((two == -200).sum())
@@ -293,7 +293,7 @@ def llava_end_to_end(g: Any) -> dict[str, Tensor]:
         needed = grids[0][0] * grids[0][1] + (grids[0][0] * grids[0][1] > 1)
         first = splice_visual_tokens(embedding, ids[:1], crops[:needed], grids=grids[:1], **words)
         length = g.outputs["generated"].shape[1]
-        settings = {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length, "use_cache": True}
+        settings = {"do_sample": False, "max_new_tokens": length, "use_cache": True}
         generated = model.generate(
             inputs_embeds=first.inputs_embeds, attention_mask=first.attention_mask, pad_token_id=0, **settings
         )
@@ -302,7 +302,7 @@ def llava_end_to_end(g: Any) -> dict[str, Tensor]:
 
 
 def projector_manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    published = TokenPacker.published[f"tokenpacker-{name.rsplit('_', 1)[1]}"]
+    published = TokenPacker.published[f"tokenpacker-{name.rsplit('_', 1)[1]}.144tokens"]
     official = {key: torch.empty(shape, device="meta") for key, (shape, _) in keys.items()}
     with torch.device("meta"):
         model = TokenPacker(**published.config)

@@ -1,8 +1,8 @@
 """Hi-MAR's dense head: a diffusion transformer that denoises all tokens of an image jointly.
 
 Source: Zheng et al., "Hierarchical Masked Autoregressive Models with Low-Resolution Token Pivots" (arXiv 2505.20288).
-Letters: B images, R condition rows (2 B with guidance), C channels, H rows and W columns of latents, N tokens, D channels
-of the condition, h width, S diffusion steps.
+Letters: B images, R condition rows (2 B with guidance), C channels, H rows and W columns of latents, N tokens,
+D channels of the condition, h width, S diffusion steps.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def sincos_positions(grid: tuple[int, int], size: int) -> Tensor:
     """Fixed positions float32 [N, size] in raster order: sines and cosines of the column, then of the row."""
     frequencies = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float64) / (size // 4))
     row, col = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    angles = [place.flatten()[:, None] * frequencies for place in (col, row)]
-    return torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1).float()
+    angles = (place.flatten()[:, None] * frequencies for place in (col, row))
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 
 
 class PatchEmbedding(nn.Module):
@@ -55,7 +55,9 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
         """x and SiLU(condition), both [R, N, h]."""
         shifts_scales_gates = self.adaLN_modulation[1](activated).chunk(6, dim=-1)
-        for branch, (shift, scale, gate) in zip((self.attn, self.mlp), (shifts_scales_gates[:3], shifts_scales_gates[3:])):
+        for branch, (shift, scale, gate) in zip(
+            (self.attn, self.mlp), (shifts_scales_gates[:3], shifts_scales_gates[3:])
+        ):
             normed = functional.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
             x = torch.addcmul(x, gate, branch(modulate(normed, shift, scale)))
         return x
@@ -241,6 +243,6 @@ class TransformerHeadSampler:
             if guidance_scale is not None:
                 with_condition, without = eps.chunk(2)
                 eps = torch.lerp(without, with_condition, guidance_scale)
-            noise = diffusion.gaussian_noise(shape, generator, device) if step.index and temperature else None
+            noise = diffusion.gaussian_noise(shape, generator, device) if step.number and temperature else None
             x = ancestral_step(x, step, eps, noise, temperature=temperature)
         return x

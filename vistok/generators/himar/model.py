@@ -33,6 +33,7 @@ from vistok.nn.masked import (
     count_blocks,
     guidance_at,
     plan_steps,
+    take_tokens,
     unpatchify,
     without_wrapper,
 )
@@ -42,7 +43,8 @@ from vistok.nn.vit import BlockScales, ViTBlock
 from vistok.registry import Published
 from vistok.tokens import VisualTokens
 
-from .head import TransformerHead
+from .head import TransformerHead, TransformerHeadSampler
+from .names import OFFICIAL_IGNORED, OFFICIAL_NAMES, OFFICIAL_ONLY, UNUSED_KEYS, published_checkpoints
 
 __all__ = ["HiMAR", "ScaleAwareBlock"]
 
@@ -51,88 +53,6 @@ PIVOTS, DENSE = 0, 1
 PIVOT_WEIGHT, DENSE_WEIGHT = 0.4, 0.6
 DENSE_HEADS = ("transformer", "mlp")
 DENSE_MASK_RATIOS = ("cosine", "truncated_normal")
-
-# name -> (width, layers of each stack, heads, layers and width of the pivot head, those and heads of the dense head)
-SIZES = {
-    "b": (768, 12, 12, (6, 1024), (6, 512, 8)),
-    "l": (1024, 16, 16, (8, 1280), (8, 512, 8)),
-    "h": (1280, 20, 16, (12, 1536), (12, 768, 12)),
-}
-PARAMETERS = {"b": 244_468_016, "l": 529_228_336, "h": 1_090_572_592}
-# The authors' constructor argument -> ours.
-OFFICIAL_NAMES = {
-    "vae_embed_dim": "latent_channels",
-    "encoder_embed_dim": "hidden_size",
-    "encoder_depth": "encoder_layers",
-    "encoder_num_heads": "encoder_heads",
-    "decoder_depth": "decoder_layers",
-    "decoder_num_heads": "decoder_heads",
-    "mlp_ratio": "mlp_ratio",
-    "norm_eps": "norm_eps",
-    "class_num": "num_classes",
-    "buffer_size": "num_condition_tokens",
-    "label_drop_prob": "condition_dropout",
-    "attn_dropout": "attention_dropout",
-    "proj_dropout": "projection_dropout",
-    "diffloss_d": "head_layers",
-    "diffloss_w": "head_width",
-    "gdm_d": "dense_head_layers",
-    "gdm_w": "dense_head_width",
-    "head": "dense_head_heads",
-    "ratio": "dense_head_mlp_ratio",
-    "num_sampling_steps": "num_diffusion_steps",
-    "diffusion_batch_mul": "diffusion_repeats",
-    "mask_ratio_min": "mask_ratio_min",
-    "step_stage2_rate": "pivot_rate",
-    "step_warmup": "pivot_warmup_epochs",
-}
-# Read by the authors' code without an effect, or by its trainer only.
-OFFICIAL_IGNORED = {
-    "grad_checkpointing",
-    "cond_drop_prob",
-    "diff_seqlen",
-    "two_diffloss",
-    "seq_len",
-    "global_dm",
-}
-OFFICIAL_ONLY = (
-    (OFFICIAL_NAMES.keys() - OFFICIAL_NAMES.values()) | {"img_size", "vae_stride", "cond_scale"} | OFFICIAL_IGNORED
-)
-UNUSED_KEYS = ("cond_diffloss.net.c_pos_embed",)  # zeros that nothing reads
-
-
-def _published() -> dict[str, Published]:
-    entries = {}
-    for size, (width, layers, heads, head, dense) in SIZES.items():
-        name = f"himar-{size}.imagenet256"
-        entries[name] = Published(
-            name=name,
-            system="himar",
-            config={
-                "hidden_size": width,
-                "encoder_layers": layers,
-                "encoder_heads": heads,
-                "decoder_layers": layers,
-                "decoder_heads": heads,
-                "head_layers": head[0],
-                "head_width": head[1],
-                "dense_head_layers": dense[0],
-                "dense_head_width": dense[1],
-                "dense_head_heads": dense[2],
-                "scaling_factor": 0.2325,
-            },
-            hub_id="HiDream-ai/Hi-MAR",
-            hub_file=f"Hi-MAR-{size.upper()}/checkpoint-last.pth",
-            licence="none stated",
-            paper="arXiv:2505.20288",
-            origin="HiDream-ai/himar",
-            image_size=256,
-            num_tokens=256,
-            preprocessing="centre crop, [-1, 1]",
-            tokenizer="kl16.mar",
-            parameters=PARAMETERS[size],
-        )
-    return entries
 
 
 class ScaleAwareBlock(ViTBlock):
@@ -180,8 +100,8 @@ class HiMAR(MaskedGenerator):
         num_diffusion_steps, num_dense_diffusion_steps: how the two heads sample by default (see `respaced_timesteps`).
         diffusion_repeats: noise levels at which each sample is trained in a step.
         mask_ratio_min: the share of masked pivots in training is drawn from a normal of mean 1, cut to [this, 1].
-        dense_mask_ratio: "cosine" draws the share of masked dense tokens as cos(pi / 2 u), "truncated_normal" as that of
-            the pivots.
+        dense_mask_ratio: "cosine" draws the share of masked dense tokens as cos(pi / 2 u), "truncated_normal" as that
+            of the pivots.
         dense_mask_ratio_min: lower end of the latter.
         pivot_rate: share of training images whose dense phase gets hidden states of pivots rather than placeholders.
         pivot_warmup_epochs: until `model.epoch` reaches this, that share rises from 0.
@@ -196,7 +116,7 @@ class HiMAR(MaskedGenerator):
     """
 
     system = "himar"
-    published: ClassVar[dict[str, Published]] = _published()
+    published: ClassVar[dict[str, Published]] = published_checkpoints()
     sampling_defaults: ClassVar[dict[str, Any]] = {
         "guidance_scale": 1.0,
         "pivot_guidance_scale": None,
@@ -256,7 +176,8 @@ class HiMAR(MaskedGenerator):
                 raise InvalidInputError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         if dense_head == "transformer" and (dense_head_width % dense_head_heads or dense_head_width % 4):
             raise InvalidInputError(
-                f"dense_head_width {dense_head_width} must be a multiple of 4 and of dense_head_heads {dense_head_heads}"
+                f"dense_head_width must be a multiple of 4 and of dense_head_heads {dense_head_heads}; "
+                f"got {dense_head_width}"
             )
         self.check_respacing(num_diffusion_steps)
         self.check_respacing(num_dense_diffusion_steps)
@@ -432,9 +353,7 @@ class HiMAR(MaskedGenerator):
             [block.scales(vectors["decoder"], index) for block in self.decoder_blocks],
         )
 
-    def pivot_states(
-        self, pivots: Tensor, visible: Tensor, wanted: Tensor, context: Tensor
-    ) -> Tensor:
+    def pivot_states(self, pivots: Tensor, visible: Tensor, wanted: Tensor, context: Tensor) -> Tensor:
         """Hidden states [B, Q, D] of pivots at `wanted` [B, Q], from those at `visible` [B, V]; the pivot phase.
 
         Args:
@@ -443,7 +362,7 @@ class HiMAR(MaskedGenerator):
             context: [B, T, D].
         """
         phase, batch = self.phase(PIVOTS), len(pivots)
-        known = pivots.gather(1, visible[..., None].expand(-1, -1, pivots.shape[2]))
+        known = take_tokens(pivots, visible)
         tokens = self.cond_proj(known.to(context.dtype))
         encoded = self.encode_visible(phase, context.expand(batch, -1, -1), tokens, visible)
         dense = torch.arange(self.num_pivots, self.num_pivots + self.num_tokens, device=pivots.device)
@@ -463,7 +382,7 @@ class HiMAR(MaskedGenerator):
             every: return all [B, N, D] in raster order rather than those of `hidden`.
         """
         phase, batch = self.phase(DENSE), len(tokens)
-        known = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[2]))
+        known = take_tokens(tokens, visible)
         inputs = torch.cat([pivots, self.z_proj(known.to(context.dtype))], dim=1)
         places = torch.arange(self.num_pivots, device=tokens.device).expand(batch, -1)
         places = torch.cat([places, visible + self.num_pivots], dim=1)
@@ -509,13 +428,15 @@ class HiMAR(MaskedGenerator):
         condition, device, size = self.batch_condition(batch), dense.device, len(dense)
         if len(pivots) != size:
             raise InvalidInputError(f"{len(pivots)} images of pivots for {size} images")
-        orders = [masked.random_orders(size, count, generator).to(device) for count in (self.num_pivots, self.num_tokens)]
+        orders = [
+            masked.random_orders(size, count, generator).to(device) for count in (self.num_pivots, self.num_tokens)
+        ]
 
         count = math.ceil(self.num_pivots * masked.truncated_normal_rate(self.config.mask_ratio_min, generator))
         hidden, visible = orders[0][:, :count].sort(1).values, orders[0][:, count:].sort(1).values
         context = self.context(condition, self.condition_drop(size, generator))
         states = self.pivot_states(pivots, visible, hidden, context)
-        target = pivots.gather(1, hidden[..., None].expand(-1, -1, channels)).flatten(0, 1)
+        target = take_tokens(pivots, hidden).flatten(0, 1)
         repeats = self.config.diffusion_repeats
         pivot_loss = self.diffloss.loss(target, states.flatten(0, 1), repeats=repeats, generator=generator)
 
@@ -534,7 +455,7 @@ class HiMAR(MaskedGenerator):
             target = unpatchify(dense, self.grid, 1)
             dense_loss = self.cond_diffloss.loss(target, states, mask, repeats=repeats, generator=generator)
         else:
-            target = dense.gather(1, hidden[..., None].expand(-1, -1, channels)).flatten(0, 1)
+            target = take_tokens(dense, hidden).flatten(0, 1)
             dense_loss = self.cond_diffloss.loss(target, states.flatten(0, 1), repeats=repeats, generator=generator)
         loss = PIVOT_WEIGHT * pivot_loss + DENSE_WEIGHT * dense_loss
         return {"loss": loss, "pivot_loss": pivot_loss.detach(), "dense_loss": dense_loss.detach()}
@@ -698,42 +619,41 @@ class HiMAR(MaskedGenerator):
     ) -> Iterator[tuple[VisualTokens, Tensor]]:
         """The dense phase, given the hidden states [B, P, D] of the pivots; `order` has the unknown tokens first."""
         batch, device, scale = len(order), states.device, settings["guidance_scale"]
-        guided, joint = scale != 1.0, isinstance(self.cond_diffloss, TransformerHead)
+        guided = scale != 1.0
         context, rows = self.distinct_context(condition, batch, guided)
         run = MaskedRun(self, self.phase(DENSE), context, rows, batch)
         run.add(self.cond_z_proj(states), torch.arange(self.num_pivots, device=device).expand(batch, -1))
         draw = self.cond_diffloss.sampler(settings["num_dense_diffusion_steps"])
         shared: dict[str, Any] = {"temperature": settings["temperature"], "generator": generator}
-        order = order.to(device)
-        given = order[:, plan[0].masked :]
+        given = order[:, plan[0].masked :].to(device)
         if given.shape[1]:
-            taken = values.features.gather(1, given[..., None].expand(-1, -1, self.token_size))
+            taken = take_tokens(values.features, given)
             run.add(self.z_proj(taken.to(self.dtype)), given + self.num_pivots)
         for index, step in enumerate(plan):
-            positions = order[:, step.left : step.masked].sort(1).values
-            unknown = torch.cat([order[:, : step.left], positions], dim=1)
-            shared["guidance_scale"] = (
-                guidance_at(settings["guidance_schedule"], scale, step.share) if guided else None
-            )
+            changed = order[:, step.left : step.masked].sort(1).values
+            positions = changed.to(device)
+            unknown = torch.cat([order[:, : step.left].to(device), positions], dim=1)
+            shared["guidance_scale"] = guidance_at(settings["guidance_schedule"], scale, step.share) if guided else None
+            joint = isinstance(draw, TransformerHeadSampler)
             z = run.hidden(unknown + self.num_pivots, self.num_tokens if joint else positions.shape[1])
-            if joint:
+            if isinstance(draw, TransformerHeadSampler):
                 z = in_raster_order(z, torch.cat([run.visible[:, self.num_pivots :] - self.num_pivots, unknown], dim=1))
                 held, missing = None, None
                 if step.masked < self.num_tokens:
                     held = unpatchify(values.features, self.grid, 1)
                     missing = ~values.known.view(batch, 1, *self.grid)
                 drawn = draw(z, (batch, self.token_size, *self.grid), known=held, unknown=missing, **shared)
-                drawn = drawn.flatten(2).mT.gather(1, positions[..., None].expand(-1, -1, self.token_size))
+                drawn = take_tokens(drawn.flatten(2).mT, positions)
             else:
                 drawn = draw(z.flatten(0, 1), num_images=batch, **shared).unflatten(0, (batch, -1))
             last = index + 1 == len(plan)
             tokens = values.write(drawn, positions, last=last)
             if not last:
                 run.add(self.z_proj(drawn.to(self.dtype)), positions + self.num_pivots)
-            yield tokens, positions.cpu()
+            yield tokens, changed
 
 
 def in_raster_order(states: Tensor, positions: Tensor) -> Tensor:
     """Rows [R, N, D] that stand at `positions` int64 [B, N], sorted by them; with guidance R is 2 B."""
     places = positions.repeat(len(states) // len(positions), 1).argsort(dim=1)
-    return states.gather(1, places[..., None].expand_as(states))
+    return take_tokens(states, places)

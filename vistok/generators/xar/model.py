@@ -301,7 +301,7 @@ class XAR(VistokModel):
         official["mask"] = blocked[None, None].to(device)
         for stack in ("encoder", "decoder"):
             for index, block in enumerate(getattr(self, f"{stack}_blocks")):
-                width = self.config.hidden_size // block.attn.num_heads
+                width = block.attn.head_dim
                 prefix = f"{stack}_blocks.{index}.attn.rope"
                 turns = torch.view_as_real(self.rotation(width)).repeat_interleave(2, dim=1)
                 rates = 1.0 / 10000.0 ** (torch.arange(0, width // 2, 2)[: width // 4].float() / (width // 2))
@@ -373,8 +373,7 @@ class XAR(VistokModel):
         self, blocks: nn.ModuleList, x: Tensor, activated: Tensor, spread: Tensor | None, clean_context: bool
     ) -> Tensor:
         """The blocks of one half, on tokens [B, G, T, D]."""
-        heads = blocks[0].attn.num_heads
-        rotation = self.rotation(self.config.hidden_size // heads).repeat(1 + clean_context, 1)
+        rotation = self.rotation(blocks[0].attn.head_dim).repeat(1 + clean_context, 1)
         attend = self.training_attention(blocks[0].attention_dropout, clean_context)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in blocks:

@@ -1,7 +1,7 @@
 """xAR's transformer block: RMSNorm, modulation by class and time, rotary attention, gated MLP.
 
-Each part has two forms. `forward` adds in the order of the authors' code and serves training, where gradients of long
-sums show every rounding; `step` is the fast form of sampling.
+`Block.forward` adds in the order of the authors' code and serves training, where gradients of long sums show every
+rounding. Sampling (`EntityRun`) runs the same modules in fused pieces, which reach over the border of two blocks.
 
 Letters: R rows, G groups of tokens with one condition each, T tokens of a group, N tokens of the sequence, D width,
 H heads, C channels of a head.
@@ -16,9 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vistok.kernels import gated_modulated_norm, modulated_norm
 from vistok.nn.rope import apply_rotation
 
-__all__ = ["NORM_EPS", "Attend", "Block", "Modulation", "axial_rotation", "modulated_norm", "split_modulation"]
+__all__ = [
+    "NORM_EPS",
+    "Attend",
+    "Block",
+    "Modulation",
+    "PackedFeedForward",
+    "axial_rotation",
+    "norm_step",
+    "residual_step",
+    "rotate",
+    "split_modulation",
+]
 
 NORM_EPS = 1e-6
 
@@ -63,9 +75,19 @@ def rms(x: Tensor) -> Tensor:
     return functional.rms_norm(x.float(), (x.shape[-1],), None, NORM_EPS).to(x.dtype)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """rms(x) * scale + shift."""
+def norm_step(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """rms(x) * scale + shift, in sampling."""
+    if x.is_cuda:
+        return modulated_norm(x, scale, shift, eps=NORM_EPS)
     return torch.addcmul(shift, rms(x), scale)
+
+
+def residual_step(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """x + gate * branch, and its `norm_step`, in sampling; one kernel on GPUs."""
+    if x.is_cuda:
+        return gated_modulated_norm(x, branch, gate, scale, shift, eps=NORM_EPS)
+    x = torch.addcmul(x, gate, branch)
+    return x, norm_step(x, scale, shift)
 
 
 def split_modulation(values: Tensor) -> Modulation:
@@ -79,17 +101,16 @@ class Attention(nn.Module):
 
     def __init__(self, size: int, num_heads: int, projection_dropout: float) -> None:
         super().__init__()
-        self.num_heads, self.projection_dropout = num_heads, projection_dropout
+        self.num_heads, self.head_dim, self.projection_dropout = num_heads, size // num_heads, projection_dropout
         self.qkv = nn.Linear(size, 3 * size)
         self.proj = nn.Linear(size, size)
 
-    def project(self, x: Tensor, rotation: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        """[R, N, D] -> turned queries and keys, and values, each [R, H, N, C]."""
+    def project(self, x: Tensor, rotation: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """[R, N, D] -> turned queries and keys, and values, each [R, H, N, C]; `exact` rounds as the authors' code."""
         heads = self.num_heads
         projected = self.qkv(x).unflatten(-1, (3 * heads, -1))
-        turned = turn(projected[:, :, : 2 * heads], rotation)
-        parts = (turned[:, :, :heads], turned[:, :, heads:], projected[:, :, 2 * heads :])
-        return [part.transpose(1, 2) for part in parts]
+        turned = (rotate if exact else apply_rotation)(projected[:, :, : 2 * heads], rotation).transpose(1, 2)
+        return turned[:, :heads], turned[:, heads:], projected[:, :, 2 * heads :].transpose(1, 2)
 
     def merge(self, attended: Tensor) -> Tensor:
         """[R, H, N, C] -> [R, N, D]."""
@@ -172,36 +193,6 @@ class Block(nn.Module):
         values = values[:, :, None] if spread is None else values.index_select(1, spread)[:, None]
         gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = split_modulation(values)
         normed = (rms(x) * scale_attention + shift_attention).flatten(1, 2)
-        attended = self.attn.merge(attend(*self.attn.project(normed, rotation, rotate)))
+        attended = self.attn.merge(attend(*self.attn.project(normed, rotation, exact=True)))
         x = x + gate_attention * attended.view_as(x)
         return x + gate_mlp * self.mlp(rms(x) * scale_mlp + shift_mlp)
-
-    def step(
-        self,
-        x: Tensor,
-        modulation: Modulation,
-        rotation: Tensor,
-        attend: Attend,
-        mlp: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """The block in sampling.
-
-        Args:
-            x: [R, T, D], tokens of one condition a row.
-            modulation: each [R, 1, D] or [1, 1, D].
-            rotation: complex [T, C / 2].
-            attend: attention.
-            mlp: a packed form of `self.mlp`, or None.
-        """
-        gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = modulation
-        normed = modulated_norm(x, scale_attention, shift_attention)
-        attended = attend(*self.attn.project(normed, rotation, apply_rotation))
-        x = torch.addcmul(x, gate_attention, self.attn.merge(attended))
-        normed = modulated_norm(x, scale_mlp, shift_mlp)
-        return torch.addcmul(x, gate_mlp, self.mlp(normed) if mlp is None else mlp(normed))
-
-    def keys_and_values(self, x: Tensor, modulation: Modulation, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """What later entities see of these tokens [R, T, D]: keys and values [R, H, T, C], and nothing else."""
-        normed = modulated_norm(x, modulation[2], modulation[4])
-        _, key, value = self.attn.project(normed, rotation, apply_rotation)
-        return key, value

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from vistok.nn.flow import FlowSchedule
 
-from .network import Attend, Block, PackedFeedForward, split_modulation
+from .network import Block, Modulation, PackedFeedForward, norm_step, residual_step, split_modulation
 
 if TYPE_CHECKING:
     from .model import XAR
@@ -78,45 +78,58 @@ class EntityRun:
             values = values.index_select(1, self.rows[:rows])
         return values[:, :, None]
 
-    def _run(self, x: Tensor, entity: int, index: int, remember: bool) -> Tensor:
-        """Tokens [R, T, C] of an entity through all blocks; outputs of the last [R, T, D]."""
+    def _run(self, x: Tensor, entity: int, index: int, *, remember: bool) -> Tensor:
+        """Tokens [R, T, C] of an entity through both halves; outputs of the last block [R, T, D]."""
         model, (start, stop) = self.model, self.layout.starts[entity : entity + 2]
-        modulations = self._modulation(index, len(x))
-        x = model.embed(x, start, stop)
-        for number, block in enumerate(self.blocks):
-            if number == len(model.encoder_blocks):
-                x = model.cross(x, start, stop)
-            rotation = model.rotation(model.config.hidden_size // block.attn.num_heads)[start:stop]
-            modulation = split_modulation(modulations[number])
-            if remember and number + 1 == len(self.blocks):  # nobody reads its output
-                self._store(number, *block.keys_and_values(x, modulation, rotation), start, stop)
-            else:
-                attend = self._attention(number, start, stop, remember)
-                x = block.step(x, modulation, rotation, attend, self.packed[number])
+        modulations = [split_modulation(values) for values in self._modulation(index, len(x))]
+        count = len(model.encoder_blocks)
+        x = self._half(model.embed(x, start, stop), range(count), modulations, start, stop, remember)
+        rest = range(count, len(self.blocks))
+        return self._half(model.cross(x, start, stop), rest, modulations, start, stop, remember)
+
+    def _half(
+        self, x: Tensor, numbers: range, modulations: list[Modulation], start: int, stop: int, remember: bool
+    ) -> Tensor:
+        """The blocks of one half [R, T, D]; each residual sum is fused with the norm that follows it."""
+        first = modulations[numbers[0]]
+        normed = norm_step(x, first[2], first[4])
+        for number in numbers:
+            block, modulation = self.blocks[number], modulations[number]
+            gate_attention, gate_mlp, _, scale_mlp, _, shift_mlp = modulation
+            rotation = self.model.rotation(block.attn.head_dim)[start:stop]
+            query, key, value = block.attn.project(normed, rotation)
+            if remember and number + 1 == len(self.blocks):  # nobody reads what follows
+                self._store(number, key, value, start, stop)
+                return x
+            attended = block.attn.merge(self._attend(number, query, key, value, start, stop, remember))
+            x, normed = residual_step(x, attended, gate_attention, scale_mlp, shift_mlp)
+            branch = (self.packed[number] or block.mlp)(normed)
+            if number == numbers[-1]:
+                return torch.addcmul(x, gate_mlp, branch)
+            following = modulations[number + 1]
+            x, normed = residual_step(x, branch, gate_mlp, following[2], following[4])
         return x
 
     def _store(self, number: int, key: Tensor, value: Tensor, start: int, stop: int) -> None:
         self.keys[number][: len(key), :, start:stop] = key
         self.values[number][: len(value), :, start:stop] = value
 
-    def _attention(self, number: int, start: int, stop: int, remember: bool) -> Attend:
+    def _attend(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, remember: bool
+    ) -> Tensor:
         """To all remembered entities before `start` and to the entity itself: always a prefix, so never masked."""
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if self.keys and (start or remember):
-                self._store(number, key, value, start, stop)
-                rows = len(key)
-                key, value = self.keys[number][:rows, :, :stop], self.values[number][:rows, :, :stop]
-            return functional.scaled_dot_product_attention(query, key, value)
-
-        return attend
+        if self.keys and (start or remember):
+            self._store(number, key, value, start, stop)
+            rows = len(key)
+            key, value = self.keys[number][:rows, :, :stop], self.values[number][:rows, :, :stop]
+        return functional.scaled_dot_product_attention(query, key, value)
 
     def velocity(self, x: Tensor, entity: int, index: int, *, guided: bool = False) -> Tensor:
         """Velocities [R, T, C] of an entity's tokens [B, T, C]: conditional, and with guidance unconditional ones."""
         model = self.model
         if guided:
             x = x.repeat(2, 1, 1)
-        return model.pred(model.decoder_norm(self._run(x, entity, index, False)))
+        return model.pred(model.decoder_norm(self._run(x, entity, index, remember=False)))
 
     def velocity_of(
         self, entity: int, schedule: FlowSchedule, guidance_scale: float
@@ -135,4 +148,4 @@ class EntityRun:
 
     def remember(self, x: Tensor, entity: int) -> None:
         """Keep keys and values of a finished entity [B, T, C], for all rows, at time 0."""
-        self._run(x.repeat(len(self.rows) // self.batch, 1, 1), entity, 0, True)
+        self._run(x.repeat(len(self.rows) // self.batch, 1, 1), entity, 0, remember=True)

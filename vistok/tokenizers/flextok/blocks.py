@@ -70,7 +70,8 @@ class PositionTable(nn.Module):
             self.register_buffer("table", sincos_table(size, self.shape[0], self.shape[1]))
         else:
             longest = max(self.shape)
-            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(self.shape), 1, size, longest), std=0.02))
+            self.table = nn.Parameter(torch.empty(len(self.shape), 1, size, longest))
+            nn.init.trunc_normal_(self.table, std=0.02)
 
     def full(self) -> Tensor:
         """The whole table, [1, D, *shape]."""

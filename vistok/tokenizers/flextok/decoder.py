@@ -73,7 +73,8 @@ class RegisterEncoder(nn.Module):
         self.register_order, self.gradient_checkpointing = register_order, False
         self.patch_embedding = PatchEmbedding(latent_channels, patch_size, size)
         self.positions = PositionTable(size, grid, positions, position_scaling)
-        self.registers = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_registers, size), std=0.02))
+        self.registers = nn.Parameter(torch.empty(num_registers, size))
+        nn.init.trunc_normal_(self.registers, std=0.02)
         self.blocks = nn.ModuleList(Block(size, head_dim, **block) for _ in range(depth))
         self.norm = Norm(size)
         self.head = nn.Linear(size, code_channels)
@@ -304,8 +305,9 @@ class FlowDecoder(nn.Module):
         self.gradient_checkpointing = False
         self.code_embedding = nn.Linear(code_channels, size)
         self.register_positions = PositionTable(size, (num_registers,), register_positions)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(size), std=0.02))
-        self.null_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(size), std=0.02))
+        self.mask_token, self.null_token = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        for token in (self.mask_token, self.null_token):
+            nn.init.trunc_normal_(token, std=0.02)
         self.patch_embedding = PatchEmbedding(latent_channels, patch_size, size)
         self.positions = PositionTable(size, grid, positions, position_scaling)
         self.time_embedding = TimeEmbedding(size, frequency_size, max_timestep)

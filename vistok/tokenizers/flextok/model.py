@@ -211,6 +211,8 @@ class FlexTok(VistokModel):
                 raise InvalidInputError(f"{name} must be one of {', '.join(map(str, known))}; got {given!r}")
         if num_registers < 1:
             raise InvalidInputError(f"num_registers must be at least 1; got {num_registers}")
+        if not len(levels) or min(levels) < 2:
+            raise InvalidInputError(f"levels must be numbers, each at least 2; got {list(levels)}")
         if vae_block_out_channels is None and latent_channels != 3:
             raise InvalidInputError(f"without an auto-encoder latent_channels must be 3; got {latent_channels}")
         if repa_channels is not None and (repa_layer is None or not 0 <= repa_layer < decoder_depth):
@@ -805,8 +807,8 @@ class FlexTok(VistokModel):
                 ids = torch.where(tokens.mask, ids, 0)
         else:
             rows = [torch.as_tensor(row).flatten().to(self.device) for row in tokens]
-            wrong = [row.dtype for row in rows if row.is_floating_point() or row.dtype == torch.bool]
-            if wrong and any(len(row) for row in rows):
+            wrong = [row.dtype for row in rows if len(row) and (row.is_floating_point() or row.dtype == torch.bool)]
+            if wrong:
                 raise InvalidInputError(f"token ids must be integers; got {wrong[0]}")
             lengths = [len(row) for row in rows]
             ids = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int64, device=self.device)

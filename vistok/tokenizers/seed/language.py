@@ -185,9 +185,7 @@ class SequenceBuilder:
             condition = len(parts[0]) if image_first else len(parts[1]) + 1
         return self._pack(parts if image_first else parts[::-1], condition)
 
-    def edit(
-        self, source: VisualTokens | Tensor, instruction: str, target: VisualTokens | Tensor
-    ) -> dict[str, Tensor]:
+    def edit(self, source: VisualTokens | Tensor, instruction: str, target: VisualTokens | Tensor) -> dict[str, Tensor]:
         """A picture, what to change, and the changed picture; only the latter is learnt."""
         parts = [self.ids_of(source), self.ids_of(instruction), self.ids_of(target)]
         return self._pack(parts, len(parts[0]) + len(parts[1]))
@@ -344,7 +342,7 @@ class ImageLanguageModel:
             )
         rows = [self.prompt(one, force_image=force_image) for one in prompts]
         length = max(len(row) for row in rows)
-        device = self.model.get_input_embeddings().weight.device
+        device = next(self.model.parameters()).device
         pads = (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, self.tokenizer.eos_token_id, 0)
         pad = next(one for one in pads if one is not None)
         ids = torch.full((len(rows), length), pad)
@@ -410,23 +408,31 @@ class ImageLanguageModel:
         targets = [name for name in target_modules if name in names]
         if not targets:
             raise InvalidInputError(
-                f"the model has none of the layers {', '.join(target_modules)}; name some of: {', '.join(sorted(names))}"
+                f"the model has none of the layers {', '.join(target_modules)}; "
+                f"name some of: {', '.join(sorted(names))}"
             )
-        model = self.model
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
-        )
-        tuned = peft.get_peft_model(model, config)
+        modules = dict(self.model.named_modules())
+        whole: list[nn.Module | None] = []
         if train_embeddings:
-            for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-                if part is not None:
-                    part.requires_grad_(True)
+            whole += [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         if train_norms:
-            for name, part in model.named_modules():
-                if "norm" in name.rsplit(".", 1)[-1].lower() and not isinstance(part, nn.Linear):
-                    part.requires_grad_(True)
-        self.model = tuned
-        return tuned
+            whole += [
+                part
+                for name, part in modules.items()
+                if "norm" in name.rsplit(".", 1)[-1].lower() and not isinstance(part, nn.Linear)
+            ]
+        # Saved by PEFT beside the low-rank updates, which merely thawing them would not bring about.
+        saved = {name.rsplit(".", 1)[-1] for name, part in modules.items() if any(part is one for one in whole)}
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=targets,
+            modules_to_save=sorted(saved) or None,
+            task_type="CAUSAL_LM",
+        )
+        self.model = peft.get_peft_model(self.model, config)
+        return self.model
 
 
 def extend_language_model(

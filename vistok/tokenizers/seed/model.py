@@ -50,7 +50,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_FILE = "eva_vit_g.pth"
 VISION_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 MLP_HEAD = (256, 128, 32)
-CODEBOOK_WEIGHT = 0.25
 LABEL_SMOOTHING = 0.1
 
 
@@ -132,7 +131,8 @@ class SEEDStage:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(self.prefixes) and not name.startswith("qformer.lm_"))
         model.train(model.training)
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 exempt = parameter.ndim < 2 or "bias" in name or "norm" in name
@@ -165,7 +165,7 @@ STAGES = {
 
 
 def _published() -> dict[str, Published]:
-    name = "seed-2"
+    name = "seed-2.unclip"
     return {
         name: Published(
             name=name,
@@ -180,7 +180,7 @@ def _published() -> dict[str, Published]:
             num_tokens=32,
             codebook_size=8192,
             preprocessing="squashed to 224 x 224 (bilinear), CLIP mean and deviation",
-            parameters=1_150_060_800,
+            parameters=1_150_053_440,
         )
     }
 
@@ -200,6 +200,7 @@ class SEED(VistokModel):
         causal: query i sees queries 0..i; False lets each see all.
         codebook_size: K.
         codebook_dim: C.
+        codebook_weight: weight of the smaller one of the two codebook losses (see `quantize`).
         head: how codes become an embedding: "mlp" (the released tokenizer), "qformer" (the training script's default),
             "text" (SEED-1: text-like embeddings), or None for the causal Q-Former alone (first training stage).
         embedding_size: E.
@@ -237,6 +238,7 @@ class SEED(VistokModel):
         causal: bool = True,
         codebook_size: int = 8192,
         codebook_dim: int = 32,
+        codebook_weight: float = 0.25,
         head: str | None = "mlp",
         embedding_size: int = 1024,
         reverse_layers: int = 4,
@@ -629,8 +631,8 @@ class SEED(VistokModel):
 
         Args:
             z: [B, n, C].
-            legacy: the published weights: 1 on what pulls the encoder, 0.25 on what pulls the codes. False is the
-                other way round, as in VQ-VAE.
+            legacy: the published way: weight 1 on what pulls the encoder, `codebook_weight` on what pulls the codes.
+                False is the other way round, as in VQ-VAE.
 
         Returns:
             Codes [B, n, C], loss, ids int64 [B, n].
@@ -638,8 +640,10 @@ class SEED(VistokModel):
         ids = self.nearest(z)
         # Features that are not finite have no nearest code (-1); code 0 keeps the loss NaN instead of failing here.
         chosen = functional.embedding(ids.clamp_min(0), self.codebook).to(z.dtype)
-        to_codes, to_encoder = (1.0, CODEBOOK_WEIGHT) if legacy else (CODEBOOK_WEIGHT, 1.0)
-        loss = to_codes * functional.mse_loss(z, chosen.detach()) + to_encoder * functional.mse_loss(chosen, z.detach())
+        small = self.config.codebook_weight
+        pull_encoder, pull_codes = (1.0, small) if legacy else (small, 1.0)
+        loss = pull_encoder * functional.mse_loss(z, chosen.detach())
+        loss = loss + pull_codes * functional.mse_loss(chosen, z.detach())
         return z + (chosen - z).detach(), loss, ids
 
     def codebook_loss(self, pixels: Tensor, image_embeds: Tensor) -> dict[str, Tensor]:

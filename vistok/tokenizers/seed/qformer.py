@@ -192,7 +192,9 @@ class QFormer(nn.Module):
         mask, is_causal = self._mask(n, text_ids, text_mask, causal, past)
         crossings: list[Tensor] = []
         if encoder_states is not None and n:
-            crossings = list(self.cross_key_value(encoder_states).chunk(2 * sum(layer.cross for layer in self.layers), -1))
+            crossings = list(
+                self.cross_key_value(encoder_states).chunk(2 * sum(layer.cross for layer in self.layers), -1)
+            )
         seen = None if encoder_mask is None else encoder_mask.bool()[:, None, None, :]
         if states is not None:
             states.append(x)

@@ -1,7 +1,7 @@
 """From CLIP image embeddings to pictures, through diffusers' unCLIP Stable Diffusion 2.1.
 
-Source: SEED's de-tokenizer (arXiv 2310.01218, section 3.1) is `stabilityai/stable-diffusion-2-1-unclip` as published; what
-is added here is a negative embedding, batches, a generator for every picture, and no work done twice.
+Source: SEED's de-tokenizer (arXiv 2310.01218, section 3.1) is `stabilityai/stable-diffusion-2-1-unclip` as published;
+what is added here is a negative embedding, batches, a generator for every picture, and no work done twice.
 
 Shape letters: B pictures, E image embedding, T text positions, h, w latent rows and columns.
 """

@@ -45,13 +45,13 @@ INDEX_FILE = "pytorch_model.bin.index.json"
 PARAMETERS = {4096: 36_722_688, 5120: 47_210_496}
 # name -> (Hub id, width of the language model, scale factor, most crops of a picture, tokens of a picture)
 CHECKPOINTS: dict[str, tuple[str, int, int, int | None, int]] = {
-    "tokenpacker-7b": ("sunshine-lwt/TokenPacker-7b-144token", 4096, 2, None, 144),
-    "tokenpacker-13b": ("sunshine-lwt/TokenPacker-13b-144token", 5120, 2, None, 144),
-    "tokenpacker-hd-7b": ("sunshine-lwt/TokenPacker-HD-7b-9patch-144token", 4096, 2, 9, 954),
-    "tokenpacker-hd-13b": ("sunshine-lwt/TokenPacker-HD-13b-9patch-144token", 5120, 2, 9, 954),
-    "tokenpacker-hd-13b.16crops-s2": ("sunshine-lwt/TokenPacker-HD-13b-16patch-144token", 5120, 2, 16, 1393),
-    "tokenpacker-hd-13b.16crops-s3": ("sunshine-lwt/TokenPacker-HD-13b-16patch-64token", 5120, 3, 16, 619),
-    "tokenpacker-hd-13b.16crops-s4": ("sunshine-lwt/TokenPacker-HD-13b-16patch-36token", 5120, 4, 16, 347),
+    "tokenpacker-7b.144tokens": ("sunshine-lwt/TokenPacker-7b-144token", 4096, 2, None, 144),
+    "tokenpacker-13b.144tokens": ("sunshine-lwt/TokenPacker-13b-144token", 5120, 2, None, 144),
+    "tokenpacker-hd-7b.9crops-144tokens": ("sunshine-lwt/TokenPacker-HD-7b-9patch-144token", 4096, 2, 9, 954),
+    "tokenpacker-hd-13b.9crops-144tokens": ("sunshine-lwt/TokenPacker-HD-13b-9patch-144token", 5120, 2, 9, 954),
+    "tokenpacker-hd-13b.16crops-144tokens": ("sunshine-lwt/TokenPacker-HD-13b-16patch-144token", 5120, 2, 16, 1393),
+    "tokenpacker-hd-13b.16crops-64tokens": ("sunshine-lwt/TokenPacker-HD-13b-16patch-64token", 5120, 3, 16, 619),
+    "tokenpacker-hd-13b.16crops-36tokens": ("sunshine-lwt/TokenPacker-HD-13b-16patch-36token", 5120, 4, 16, 347),
 }
 OFFICIAL_ARGUMENTS = {"raw_grid": "grid_size", "kv_dim": "feature_dim", "multi_dim": "multi_level_dim"}
 OFFICIAL_TO_OURS = (
