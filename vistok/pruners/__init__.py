@@ -28,7 +28,10 @@ _EXPORTS = {
     "VFlowOpt": "vflowopt",
     "VisionZip": "visionzip",
     "find_host": "hosts",
+    "kept_grid": "overlay",
+    "overlay": "overlay",
     "register_host": "hosts",
+    "search": "vflowopt_search",
 }
 
 __all__ = list(_EXPORTS)

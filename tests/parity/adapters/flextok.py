@@ -130,7 +130,7 @@ def tokenizer_train(g: Any) -> dict[str, Tensor]:
     model = build(g).train()
     config, inputs = model.config, g.inputs
     images = inputs["images"]
-    latents = model.encode_latents(images, sample_posterior=config.sample_posterior, noise=inputs["vae_noise"])
+    latents = model.encode_latents(images, sample_posterior=config.sample_posterior, noise=inputs.get("vae_noise"))
     posterior = model.vae.encode(images).latent_dist
     sigmas = noise_levels(inputs["sigma_draw"], config.noise_schedule, config.mode_scale)
     lengths = inputs["keep_k"].tolist()
@@ -231,7 +231,8 @@ def detokenize(g: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def autoencode(g: Any) -> dict[str, Tensor]:
     model = build(g)
-    latents = model.encode_latents(g.inputs["images"], sample_posterior=True, noise=g.inputs["vae_noise"])
+    sampled = model.config.sample_posterior
+    latents = model.encode_latents(g.inputs["images"], sample_posterior=sampled, noise=g.inputs.get("vae_noise"))
     tokens = model.tokenize_latents(latents)
     return {"vae_latents": latents, "tokens": tokens.ids, **run_sampler(model, g, tokens)}
 
@@ -386,15 +387,16 @@ def blocks(g: Any) -> dict[str, Tensor]:
         cross = "Decoder" in spec["cls"]
         block: nn.Module = (CrossBlock if cross else Block)(**arguments)
         block.load_state_dict(merge_block_keys(state))
+        inputs: list[Any] = [x, attend]
         if cross:
-            outputs[f"y_{index}"] = block(x, g.inputs["ctx"], attend, masked_attention(g.inputs["xmask"].bool()))
-        elif arguments.get("expansion") is None:
-            outputs[f"y_{index}"] = block(x, attend)
+            inputs = [x, g.inputs["ctx"], attend, masked_attention(g.inputs["xmask"].bool())]
+        if arguments.get("expansion") is None:
+            outputs[f"y_{index}"] = block(*inputs)
         else:
             lengths = [[math.prod(shape) for shape in shapes] for shapes in spec["subseqs"]]
             padding = x.shape[1] - sum(map(sum, lengths))
             modulation = block.modulations(functional.silu(g.inputs["emb"]))
-            outputs[f"y_{index}"] = block(x, attend, modulation, PackedModulation(lengths, padding))
+            outputs[f"y_{index}"] = block(*inputs, modulation, PackedModulation(lengths, padding))
     return outputs
 
 

@@ -209,7 +209,9 @@ class _UNetProcessor:
         if attn.norm_cross:
             states = attn.norm_encoder_hidden_states(states)
         length, channels = states.shape[1:]
-        constants = self._constants.get(projections[:1], length, channels, states)
+        constants = None
+        if self.maps is None:  # maps are kept while the layer learns
+            constants = self._constants.get(projections[:1], length, channels, states)
         if constants is None:
             coded = states + position_code(length, channels, states.dtype, states.device)
             key = attn.to_kv(coded).chunk(2, dim=-1)[0] if fused else attn.to_k(coded)

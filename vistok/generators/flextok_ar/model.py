@@ -45,6 +45,14 @@ Score: TypeAlias = Callable[[VisualTokens, Tensor], Tensor]
 
 # name -> (layers, width)
 SIZES = {"113m": (12, 768), "382m": (18, 1152), "1b": (26, 1664), "3b": (36, 2304)}
+# Of the configurations below; what a published file adds or lacks in norms and widths is read from its weights.
+PARAMETERS = {
+    "113m.t2i": 217_573_632,
+    "382m.t2i": 536_640_384,
+    "1b.t2i": 1_395_298_688,
+    "3b.t2i": 3_362_568_960,
+    "1b.c2i": 1_101_306_752,
+}
 
 
 def _published() -> dict[str, Published]:
@@ -74,6 +82,7 @@ def _published() -> dict[str, Published]:
             codebook_size=64000,
             tokenizer="flextok-d18-d28.dfn" if text else "flextok-d18-d28.imagenet",
             text_encoder="google/flan-t5-xl" if text else None,
+            parameters=PARAMETERS[f"{size}.{kind}"],
         )
     return entries
 
@@ -517,7 +526,12 @@ class FlexTokAR(VistokModel):
             writer = self._begin(
                 condition, prefix, num_tokens, null_condition, class_zero_guidance, settings, generator
             )
-        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        choice: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "generator": generator,
+        }
         return self._write(writer, choice)
 
     @torch.no_grad()
@@ -584,12 +598,17 @@ class FlexTokAR(VistokModel):
                 f"branch_at must lie in {start}..{writer.total - 1}, from the end of the prefix to before the last "
                 f"token; got {fork}"
             )
-        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        writer.extend(fork, choice)
+        choice: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "generator": generator,
+        }
+        writer.extend(fork, choice, log_probs=True)
         writer.fork(num_branches)
         if distinct:
             writer.write(writer.choose_distinct(num_branches, **choice), choice=choice, last=fork + 1 == writer.total)
-        writer.extend(writer.total, choice)
+        writer.extend(writer.total, choice, log_probs=True)
         return Branches(VisualTokens(ids=writer.ids), writer.log_probs)
 
     @torch.no_grad()
@@ -646,7 +665,12 @@ class FlexTokAR(VistokModel):
                 f"the schedule must lie in {start + 1}..{writer.total} (after the prefix, up to num_tokens); "
                 f"got {stops}"
             )
-        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        choice: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "generator": generator,
+        }
         batch = len(condition)
         history = []
         best = torch.zeros(batch, 1, device=self.device)

@@ -90,6 +90,9 @@ class Writer:
         self.model, self.ids, self.total, self.rows = model, ids, total, 1
         self.images, self.scale, self.guided = len(condition), guidance_scale, guidance_scale > 1.0
         self.checks = TokenChecks(ids.device)
+        bias = model.head.bias
+        self.head = (model.head.weight.float(), None if bias is None else bias.float())
+        self._logits: Tensor | None = None
         self.log_probs = torch.zeros(self.images, device=ids.device)
         self.captions: list[Caption] | None = None
         if isinstance(condition, TextCondition):
@@ -141,16 +144,17 @@ class Writer:
         self.cache = KVCache(
             len(model.layers), len(x), model.num_heads, self.total, model.head_dim, dtype=x.dtype, device=x.device
         )
-        self.hidden = model.run_blocks(x, self.captions, self.cache)[:, -1]
+        self.hidden, self._logits = model.run_blocks(x, self.captions, self.cache)[:, -1], None
 
     def logits(self) -> Tensor:
         """Guided float32 [B * rows, V] of the next token."""
-        hidden = self.hidden.float()
-        if self.guided:
-            cond, uncond = hidden.chunk(2)
-            hidden = torch.lerp(uncond, cond, self.scale)
-        head = self.model.head
-        return functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+        if self._logits is None:
+            hidden = self.hidden.float()
+            if self.guided:
+                cond, uncond = hidden.chunk(2)
+                hidden = torch.lerp(uncond, cond, self.scale)
+            self._logits = functional.linear(hidden, *self.head)
+        return self._logits
 
     def choose(self, **choice: Any) -> Tensor:
         """The next token of each row, int64 [B * rows]."""
@@ -200,7 +204,7 @@ class Writer:
             x = torch.cat([x, x])
         if model.position_table is not None:
             x = x + model.position_table[self.cache.length].to(x.dtype)
-        self.hidden = model.run_blocks(x, self.captions, self.cache)[:, -1]
+        self.hidden, self._logits = model.run_blocks(x, self.captions, self.cache)[:, -1], None
 
     def _become_class_zero(self) -> None:
         """Read everything again, with class 0 in the unconditional rows."""
@@ -210,10 +214,11 @@ class Writer:
         self.first = torch.cat([cond, zero])
         self._prefill()
 
-    def extend(self, length: int, choice: Mapping[str, Any]) -> None:
-        """Write until each row has `length` tokens."""
+    def extend(self, length: int, choice: Mapping[str, Any], log_probs: bool = False) -> None:
+        """Write until each row has `length` tokens; `log_probs` adds up their log-probabilities."""
         while self.ids.shape[1] < length:
-            self.write(self.choose(**choice), last=self.ids.shape[1] + 1 == self.total, choice=choice)
+            last = self.ids.shape[1] + 1 == self.total
+            self.write(self.choose(**choice), last=last, choice=choice if log_probs else None)
 
     def fork(self, copies: int) -> None:
         """Each row `copies` times, side by side."""
@@ -230,7 +235,7 @@ class Writer:
         if self.ids.shape[1] == self.total:
             return
         self.cache.select_rows(everything)
-        self.hidden = self.hidden.index_select(0, everything)
+        self.hidden, self._logits = self.hidden.index_select(0, everything), None
         if self.captions is not None:
             self.captions = [caption.select(everything) for caption in self.captions]
 

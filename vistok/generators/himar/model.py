@@ -536,8 +536,10 @@ class HiMAR(MaskedGenerator):
             "temperature": temperature,
             "num_inference_steps": num_inference_steps,
             "num_pivot_steps": 4 * self.pivot_grid[0] if num_pivot_steps is None else num_pivot_steps,
-            "num_diffusion_steps": num_diffusion_steps or config.num_diffusion_steps,
-            "num_dense_diffusion_steps": num_dense_diffusion_steps or config.num_dense_diffusion_steps,
+            "num_diffusion_steps": config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps,
+            "num_dense_diffusion_steps": (
+                config.num_dense_diffusion_steps if num_dense_diffusion_steps is None else num_dense_diffusion_steps
+            ),
         }
         condition, batch = self.check_sampling(condition, num_images, grid, self.grid, generator, settings)
         features, known = self.known_tokens(prefix, batch, self.grid)

@@ -318,6 +318,11 @@ class Host:
         values = capture.arguments[name]
         return values.flatten(0, -4) if values.ndim > 4 else values
 
+    def arguments_of(self, function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a processor's outputs that a features call takes."""
+        known = inspect.signature(function).parameters
+        return {name: value for name, value in inputs.items() if name in known}
+
     def bind(self, function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a features call by name."""
         try:

@@ -369,9 +369,9 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each on normed input with a residual sum.
+    """Self-attention, cross-attention, feed-forward, each on normed input with a residual sum; adaLN with `expansion`.
 
-    No published model uses it; it is the variant for decoders that read a separate context.
+    No published model uses it; it is the variant for decoders that read a separate context. Arguments as in `Block`.
     """
 
     def __init__(
@@ -380,6 +380,7 @@ class CrossBlock(nn.Module):
         head_dim: int,
         mlp_ratio: float = 4.0,
         *,
+        expansion: int | None = None,
         gated_mlp: bool = True,
         activation: str = "silu",
         mlp_bias: bool = False,
@@ -387,6 +388,9 @@ class CrossBlock(nn.Module):
         **attention: bool,
     ) -> None:
         super().__init__()
+        self.expansion = expansion
+        if expansion is not None:
+            self.modulation = nn.Linear(size, expansion * 11 * size)
         self.norm1 = Norm(size, affine_norm)
         self.self_attention = Attention(size, head_dim, affine_norm=affine_norm, **attention)
         self.query_norm, self.context_norm = Norm(size, affine_norm), Norm(size, affine_norm)
@@ -394,11 +398,41 @@ class CrossBlock(nn.Module):
         self.norm2 = Norm(size, affine_norm)
         self.feed_forward = FeedForward(size, mlp_ratio, gated=gated_mlp, activation=activation, bias=mlp_bias)
 
-    def forward(self, x: Tensor, context: Tensor, attend: Attend, attend_context: Attend) -> Tensor:
-        """x [B, L, D] and context [B, M, D] -> [B, L, D]."""
-        x = x + self.self_attention(self.norm1(x), attend)
-        x = x + self.cross_attention(self.query_norm(x), attend_context, self.context_norm(context))
-        return x + self.feed_forward(self.norm2(x))
+    def modulations(self, activated: Tensor) -> Tensor:
+        """silu(time embedding) [S, D] -> [S, E, 11, D]: three gates, then shift and scale four times.
+
+        Those are of self-attention, of query and context of cross-attention, and of the feed-forward layer.
+        """
+        assert self.expansion is not None
+        return self.modulation(activated).unflatten(1, (self.expansion, 11, -1))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        attend: Attend,
+        attend_context: Attend,
+        modulation: Tensor | None = None,
+        modulate: Modulate | None = None,
+    ) -> Tensor:
+        """x [B, L, D] and context [B, M, D] -> [B, L, D].
+
+        With a modulation [S, E, 11, D], M must be L, because the context is modulated as the rows of x are.
+        """
+        if modulation is None or modulate is None:
+            x = x + self.self_attention(self.norm1(x), attend)
+            x = x + self.cross_attention(self.query_norm(x), attend_context, self.context_norm(context))
+            return x + self.feed_forward(self.norm2(x))
+        if context.shape[1] != x.shape[1]:
+            raise InvalidInputError(
+                f"a modulated context must have as many rows as x, {x.shape[1]}; it has {context.shape[1]}"
+            )
+        gates, rest = modulation[:, :, :3].unbind(2), modulation[:, :, 3:].unbind(2)
+        x = modulate.add(x, self.self_attention(modulate.scale(self.norm1(x), rest[0], rest[1]), attend), gates[0])
+        query = modulate.scale(self.query_norm(x), rest[2], rest[3])
+        context = modulate.scale(self.context_norm(context), rest[4], rest[5])
+        x = modulate.add(x, self.cross_attention(query, attend_context, context), gates[1])
+        return modulate.add(x, self.feed_forward(modulate.scale(self.norm2(x), rest[6], rest[7])), gates[2])
 
 
 class ProjectionHead(nn.Module):

@@ -105,8 +105,8 @@ class RegisterEncoder(nn.Module):
             )
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            own = [part[:, :total].transpose(1, 2) for part in (query, key, value)]
-            seen = functional.scaled_dot_product_attention(*own, scale=scale).transpose(1, 2)
+            own_query, own_key, own_value = (part[:, :total].transpose(1, 2) for part in (query, key, value))
+            seen = functional.scaled_dot_product_attention(own_query, own_key, own_value, scale=scale).transpose(1, 2)
             return torch.cat([seen, attend_registers(query, key, value, scale)], dim=1)
 
         for block in self.blocks[:-1]:

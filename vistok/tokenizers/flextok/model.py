@@ -724,13 +724,16 @@ class FlexTok(VistokModel):
 
     def _modulations_of(self, steps: int) -> tuple[list[Tensor], Tensor]:
         """Modulations of every block at the T moments of a run; kept until a weight or the number of steps changes."""
-        sources = [self.decoder.head_modulation.weight, *(block.modulation.weight for block in self.decoder.blocks)]
-        sources += list(self.decoder.time_embedding.parameters())
+        parts = [self.decoder.time_embedding, self.decoder.head_modulation]
+        parts += [block.modulation for block in self.decoder.blocks]
+        sources = [parameter for part in parts for parameter in part.parameters()]
+        moments = torch.tensor([(steps - step) / steps for step in range(steps)], device=self.device)
+        if any(one.is_inference() for one in sources):  # such weights do not tell when they change
+            return self.decoder.modulations(moments)
         stamp: list[Any] = [(one.data_ptr(), one._version, one.dtype, one.device) for one in sources]
         key = (steps, torch.is_autocast_enabled(self.device.type), stamp)
         if self._schedule is not None and self._schedule[0] == key:
             return self._schedule[2]
-        moments = torch.tensor([(steps - step) / steps for step in range(steps)], device=self.device)
         found = self.decoder.modulations(moments)
         # The weights are held, so that no others can take their addresses and pass for them.
         self._schedule = (key, [one.detach() for one in sources], found)
@@ -866,7 +869,8 @@ class FlexTok(VistokModel):
         """Load a published tokenizer (see `VistokModel.from_official`) without running what its configuration names.
 
         Args:
-            source: `model.safetensors`, the folder that holds it and its `config.json`, or a state dict.
+            source: `model.safetensors` (its header or a `config.json` beside it may hold the configuration), the folder
+                of both, or a state dict.
             config: a published name, the authors' configuration (or the path of their `config.json`), or our own
                 arguments. What the file says about itself counts more than a published name, because the authors
                 document no such values elsewhere; None takes it alone.
@@ -878,12 +882,8 @@ class FlexTok(VistokModel):
         own: Mapping[str, Any] | None = None
         if not isinstance(source, Mapping):
             path = Path(source)
-            if path.is_dir():
-                own = _read_json(path / "config.json") if (path / "config.json").is_file() else None
-                path = path / "model.safetensors"
-            if own is None and path.suffix == ".safetensors" and path.is_file():
-                own = official.parse_metadata(_safetensors_metadata(path))
-            source = path
+            path = path / "model.safetensors" if path.is_dir() else path
+            source, own = path, _own_config(path)
         if isinstance(config, (str, os.PathLike)) and str(config).endswith(".json"):
             config = _read_json(Path(config))
         if isinstance(config, str) and config in cls.published and own is not None:
@@ -960,6 +960,18 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize(target, Image.Resampling.BILINEAR)
     left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
     return image.crop((left, top, left + size, top + size))
+
+
+def _own_config(path: Path) -> Mapping[str, Any] | None:
+    """The authors' configuration in the header of a file, or in a `config.json` beside it; None if there is neither."""
+    own = None
+    if path.suffix == ".safetensors" and path.is_file():
+        own = official.parse_metadata(_safetensors_metadata(path))
+    beside = path.with_name("config.json")
+    if own is None and beside.is_file():
+        content = _read_json(beside)
+        own = content if official.is_official(content) else None
+    return own
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
