@@ -14,7 +14,7 @@ from benchmarks.plain import xar as plain
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError, UnknownNameError
 from vistok.generators.xar import XAR, EntityRun, annealed_steps, entity_layout
 from vistok.generators.xar import run as xar_run
-from vistok.generators.xar.network import PackedFeedForward
+from vistok.generators.xar.network import PackedFeedForward, attend_to_prefixes
 from vistok.nn.masked import unpatchify
 from vistok.tokens import VisualTokens
 
@@ -124,20 +124,18 @@ def test_attending_entity_by_entity_is_attending_under_the_mask() -> None:
     model = build("cell")
     attend, layout = model.training_attention(0.0, False), model.layout
     query, key, value = torch.randn(3, 2, 4, layout.length, 8)
-    parts = [
-        nn.functional.scaled_dot_product_attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop])
-        for start, stop in pairwise(layout.starts)
-    ]
-    torch.testing.assert_close(attend(query, key, value), torch.cat(parts, dim=2))
+    expected = attend_to_prefixes(query, key, value, layout.starts, 0.0)
+    torch.testing.assert_close(attend(query, key, value), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
-@pytest.mark.parametrize("solver", ["euler_maruyama", "euler"])
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    ("kind", "guidance_scale", "solver"),
+    [*((kind, 2.5, "euler_maruyama") for kind in KINDS), ("cell", 1.0, "euler_maruyama"), ("cell", 2.5, "euler")],
+)
 def test_samples_are_those_of_the_plain_way(kind: str, guidance_scale: float, solver: str) -> None:
     model = build(kind)
-    settings = {"guidance_scale": guidance_scale, "num_inference_steps": 3, "solver": solver}
+    settings = {"guidance_scale": guidance_scale, "num_inference_steps": 2, "solver": solver}
     ours = model.generate(LABELS, generator=torch.Generator().manual_seed(1), **settings)
     for savings in ((), tuple(plain.SAVINGS)):
         generator = torch.Generator().manual_seed(1)
@@ -319,21 +317,22 @@ def test_complete_and_impossible_prefixes() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("context", ["noisy", "clean"])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    ("kind", "context"), [*((kind, "noisy") for kind in KINDS), ("cell", "clean"), ("scale", "clean")]
+)
 def test_training_lowers_the_loss(kind: str, context: str) -> None:
     model = build(kind, context=context, projection_dropout=0.0, attention_dropout=0.0).train()
     batch = batch_of(model)
     batch["latents"] = batch["latents"].mean((2, 3), keepdim=True).expand_as(batch["latents"]).contiguous()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(12):
         loss = model.training_loss(batch, generator=torch.Generator().manual_seed(0))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

@@ -44,7 +44,8 @@ def test_both_ops_against_float64(kind: str, dtype: torch.dtype, centred: bool, 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("kind", ["row", "token", "channels"])
 def test_gradients(kind: str, centred: bool) -> None:
-    given = [part.requires_grad_() for part in inputs(kind, torch.float64)]
+    small = (slice(2), slice(2), slice(3))  # every element is moved twice
+    given = [part[small[3 - part.ndim :]].clone().requires_grad_() for part in inputs(kind, torch.float64)]
     assert torch.autograd.gradcheck(lambda *parts: gated_modulated_norm(*parts, centred=centred), given)
     assert torch.autograd.gradcheck(
         lambda x, scale, shift: modulated_norm(x, scale, shift, centred=centred), [given[0], *given[3:]]

@@ -16,7 +16,13 @@ from vistok.kernels.attention_rows import attention_received
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "groups", "rows", "keys"), [(1, 1, 1, 1), (4, 2, 7, 33), (6, 6, 40, 40)])
 def test_against_float64(
-    backend: str, dtype: torch.dtype, causal: bool, heads: int, groups: int, rows: int, keys: int,
+    backend: str,
+    dtype: torch.dtype,
+    causal: bool,
+    heads: int,
+    groups: int,
+    rows: int,
+    keys: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(attention_rows._LOGITS_AT_ONCE, "cpu", 200)  # several chunks

@@ -70,9 +70,7 @@ def test_plans_stack_and_refuse() -> None:
 def test_tower_costs_grow_with_views_and_layers() -> None:
     from transformers import CLIPVisionConfig
 
-    config = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
-    )
+    config = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
     one = tower_flops(config, 577)
     assert one == pytest.approx(2 * 24 * (12 * 577 * 1024**2 + 2 * 577**2 * 1024))
     assert tower_flops(config, 577, views=5, layers=12) == pytest.approx(one * 2.5)

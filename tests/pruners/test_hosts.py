@@ -47,7 +47,17 @@ METHODS = {
     "stacked": lambda: FoPru(0.6) + TransPrune(accumulate=(1, 2), prune=(2,), ratios=(0.5,)),
 }
 # What a longer prompt does not change: the selection depends on the image alone.
-IMAGE_ONLY = ("fopru", "fopru-row", "fastervlm", "divprune", "random", "random-inside", "vflowopt", "visionzip", "pooling")
+IMAGE_ONLY = (
+    "fopru",
+    "fopru-row",
+    "fastervlm",
+    "divprune",
+    "random",
+    "random-inside",
+    "vflowopt",
+    "visionzip",
+    "pooling",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +243,8 @@ def test_video_frames_are_views_of_one_visual() -> None:
         with pruner.attached(model):
             assert steps(greedy(model, inputs)).isfinite().all()
         (visual,) = pruner.last_report.stages[0].visuals
-        assert visual.kind == "video" and visual.tokens == tokens
+        assert visual.kind == "video"
+        assert visual.tokens == tokens
     assert len(visual.kept) == 3 * 1 + 1, "each frame of 2 x 2 tokens pools to one, the newline stays"
     qwen = build("qwen2_5_vl")
     patches = torch.randn(2 * 4 * 4, 96, generator=torch.Generator().manual_seed(4))
@@ -288,7 +299,7 @@ def test_no_image_is_a_no_op_said_once() -> None:
 def test_wrong_use_is_refused_in_words() -> None:
     model = build("llava")
     inputs = prompt(model, "llava")
-    with pytest.raises(InvalidInputError, match="has layers 0..3"):
+    with pytest.raises(InvalidInputError, match=r"has layers 0\.\.3"):
         FastV(layer=4).attach(model)
     with pytest.raises(InvalidInputError, match="past the decoder's 4 layers"):
         TransPrune(accumulate=(9,), prune=(2,), ratios=(0.5,)).attach(model)
@@ -312,7 +323,8 @@ def test_wrong_use_is_refused_in_words() -> None:
         FoPru(layer=0).attach(build("qwen2_5_vl"))
     with pytest.raises(InvalidInputError, match="a view has 16 tokens"), VisionZip(54, 10).attached(model):
         greedy(model, inputs)
-    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
 
 
 def test_features_made_before_attaching_still_serve_methods_that_need_no_tower() -> None:

@@ -127,9 +127,7 @@ def test_global_attention_needs_no_matrix_and_survives_an_empty_set() -> None:
     given = attention()
     matrix = (given.query @ given.key.transpose(2, 3) * given.scale).softmax(dim=-1).mean(dim=1)
     received = matrix.mean(dim=1)
-    expected = torch.stack(
-        [rows[one > 1.2 * one.mean()].mean(dim=0) for rows, one in zip(matrix, received)]
-    )
+    expected = torch.stack([rows[one > 1.2 * one.mean()].mean(dim=0) for rows, one in zip(matrix, received)])
     assert torch.allclose(global_attention(given, 1.2), expected, atol=1e-6)
     with pytest.warns(UserWarning, match="smaller threshold"):
         assert torch.allclose(global_attention(given, 50.0), received, atol=1e-6)

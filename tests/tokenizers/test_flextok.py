@@ -109,7 +109,7 @@ def test_modulations_are_computed_once_and_follow_the_weights(model: FlexTok) ->
     assert torch.equal(model.decode(tokens, noise=noise, **STEPS), first)
     assert calls == [3]
     with torch.no_grad():
-        model.decoder.blocks[0].modulation.weight.mul_(1.5)
+        model.decoder.blocks[0].modulation.bias.add_(0.5)
     changed = model.decode(tokens, noise=noise, **STEPS)
     assert calls == [3, 3]
     assert not torch.equal(changed, first)
@@ -213,6 +213,7 @@ def test_training_lowers_the_loss_and_leaves_the_auto_encoder() -> None:
             **{key: value for key, value in FlexTok.tiny().config.items() if not key.startswith("_")},
             "repa_layer": 0,
             "repa_channels": 6,
+            "repa_hidden_size": 16,
         }
     ).train()
     before = {key: value.clone() for key, value in model.vae.state_dict().items()}
@@ -438,7 +439,8 @@ def test_a_published_folder_and_its_header(model: FlexTok, tmp_path: Path) -> No
     latents = model.encode_latents(images())
     assert torch.equal(loaded.tokenize_latents(latents).ids, model.tokenize_latents(latents).ids)
     metadata = {key: repr(value) for key, value in tree().items()} | {"_target_": "flextok.flextok_wrapper.FlexTok"}
-    bare = tmp_path / "bare.safetensors"
+    (tmp_path / "alone").mkdir()
+    bare = tmp_path / "alone" / "bare.safetensors"
     save_file({"x": torch.zeros(1)}, str(bare))
     with pytest.raises(CheckpointError, match="holds no configuration"):
         FlexTok.from_official(bare)

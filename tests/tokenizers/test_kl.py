@@ -307,6 +307,8 @@ def test_bad_configurations_are_named(arguments: dict, message: str) -> None:
 
 
 def test_official_arguments_are_checked() -> None:
+    with pytest.raises(InvalidInputError, match="from_official"):
+        KLModel.from_single_file("kl16.ckpt")
     with pytest.raises(InvalidInputError, match="begin with 1"):
         KLModel.config_from_official({"ch_mult": [2, 4]})
     with pytest.raises(InvalidInputError, match="unknown argument"):

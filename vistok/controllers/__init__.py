@@ -1,1 +1,41 @@
-"""Controllers steer any diffusers text-to-image pipeline. They attach through `vistok.attach`; none is there yet."""
+"""Controllers steer a diffusers text-to-image pipeline that somebody else built; they attach through `vistok.attach`.
+
+`attribute_directions` turns attributes of a subject up and down, `leakage` keeps the meaning of words apart, `tenor` and
+`scop` put objects where the prompt says. Imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "AttributeDelta": "attribute_directions",
+    "AttributeDirections": "attribute_directions",
+    "AttributeEdit": "attribute_directions",
+    "ContrastivePrompts": "attribute_directions",
+    "DeLeaker": "leakage",
+    "DirectionLearner": "attribute_directions",
+    "FluxLowRankAdapters": "tenor",
+    "KeepOnly": "leakage",
+    "LearningSettings": "attribute_directions",
+    "LeakageFix": "leakage",
+    "PromptPair": "attribute_directions",
+    "ScopDataset": "scop",
+    "ScopEngine": "scop",
+    "Tenor": "tenor",
+    "contrast_delta": "attribute_directions",
+    "detect_leakage": "leakage",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'vistok.controllers' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"vistok.controllers.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,16 +10,27 @@ from typing import Any
 
 _EXPORTS = {
     "Accuracy": "accuracy",
+    "AttributeResponse": "spatial",
+    "Detection": "spatial",
     "FrechetDistance": "frechet",
     "FrechetResult": "frechet",
     "ShapesFeatures": "features",
+    "SpatialPrompt": "spatial",
+    "VisorScore": "spatial",
+    "ZeroShotDetector": "spatial",
+    "attribute_response": "spatial",
     "caption_accuracy": "accuracy",
     "class_accuracy": "accuracy",
+    "compbench_spatial": "spatial",
     "evaluate_generator": "evaluate",
     "evaluate_tokenizer": "evaluate",
+    "geneval_position": "spatial",
+    "leakage_rate": "spatial",
     "oracle_agreement": "accuracy",
+    "oracle_detector": "spatial",
     "psnr": "reconstruction",
     "ssim": "reconstruction",
+    "visor": "spatial",
     "wilson_interval": "accuracy",
 }
 

@@ -28,8 +28,8 @@ _EXPORTS = {
     "VFlowOpt": "vflowopt",
     "VisionZip": "visionzip",
     "find_host": "hosts",
-    "kept_grid": "overlay",
-    "overlay": "overlay",
+    "kept_grid": "drawing",
+    "overlay": "drawing",
     "register_host": "hosts",
     "search": "vflowopt_search",
 }

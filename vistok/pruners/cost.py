@@ -83,11 +83,7 @@ def paper_macs(shape: DecoderShape, tokens: Sequence[int], convention: Conventio
     if convention not in matrices:
         raise InvalidInputError(f"unknown convention {convention!r}; there are: {', '.join(matrices)}")
     d, m = shape.hidden, shape.intermediate
-    return float(
-        sum(
-            4 * n * d**2 + 2 * n**2 * d + matrices[convention] * n * d * m for n in _lengths(shape, tokens)
-        )
-    )
+    return float(sum(4 * n * d**2 + 2 * n**2 * d + matrices[convention] * n * d * m for n in _lengths(shape, tokens)))
 
 
 def kv_bytes(shape: DecoderShape, tokens: Sequence[int], bytes_per_value: int = 2) -> int:

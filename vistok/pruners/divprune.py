@@ -1,8 +1,8 @@
 """DivPrune: keep the most diverse visual tokens, by greedy max-min distance.
 
-Saeed Ranjbar Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", arXiv 2503.02175.
-Distances are one minus the cosine of the projected tokens. The first pick is the token farthest from its nearest
-neighbour; each further pick is the one farthest from those picked.
+Saeed Ranjbar Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", arXiv
+2503.02175. Distances are one minus the cosine of the projected tokens. The first pick is the token farthest from its
+nearest neighbour; each further pick is the one farthest from those picked.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DivPrune(Pruner):
         check_ratio("keep_ratio", keep_ratio)
 
         def count(now: int, first: int) -> int:
-            return max(1, int(round(keep_ratio * now)))
+            return max(1, round(keep_ratio * now))
 
         def select(scores: list[Tensor], context: Context) -> list[Tensor]:
             return [

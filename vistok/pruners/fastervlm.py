@@ -1,8 +1,9 @@
 """FasterVLM: keep the patches that the class token attends to.
 
-Qizhe Zhang et al., arXiv 2412.01818 (version 2 is called VisPruner). The attention row of the tower's class token in the
-layer that makes the features, mean over heads; a fixed number of patches of every view stays. On LLaVA-NeXT the authors
-join tiles without newlines and without unpadding; here padding is cut as the model does it, and newlines are dropped.
+Qizhe Zhang et al., arXiv 2412.01818 (version 2 is called VisPruner). The attention row of the tower's class token in
+the layer that makes the features, mean over heads; a fixed number of patches of every view stays. On LLaVA-NeXT the
+authors join tiles without newlines and without unpadding; here padding is cut as the model does it, and newlines are
+dropped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FastV: after a few decoder layers, keep the visual tokens that the last prompt token attends to.
 
-Liang Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764. The score is the attention of the layer
-that has just run, mean over heads, in the row of the last prompt token. Rotary positions are kept.
+Liang Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764. The score is the attention of the
+layer that has just run, mean over heads, in the row of the last prompt token. Rotary positions are kept.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ def pool_grid(features: Tensor, stride: int, mode: Literal["average", "bilinear"
     """[rows, columns, D] -> [ceil(rows / stride), ceil(columns / stride), D].
 
     Args:
-        mode: `"average"` over cells (those at the edge may be smaller), or `"bilinear"` as LLaVA-OneVision pools frames.
+        mode: `"average"` over cells (those at the edge may be smaller), or `"bilinear"` as LLaVA-OneVision pools
+            frames.
     """
     maps = features.permute(2, 0, 1)[None].float()
     if mode == "average":

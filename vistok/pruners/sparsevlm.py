@@ -1,10 +1,10 @@
 """SparseVLM: text tokens that concern the image rate its tokens; dropped tokens are partly recycled.
 
-Yuan Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", arXiv 2410.04417
-(version 1, with recycling). Raters are the text tokens that the visual tokens resemble more than average, found once on
-the inputs of layer 0. After layers 2, 6 and 15 the attention of the raters, in the layer that has just run, ranks the
-visual tokens. Of the dropped ones the best 30 % are clustered by density peaks and come back as cluster means, placed
-behind the kept tokens.
+Yuan Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", arXiv
+2410.04417 (version 1, with recycling). Raters are the text tokens that the visual tokens resemble more than average,
+found once on the inputs of layer 0. After layers 2, 6 and 15 the attention of the raters, in the layer that has just
+run, ranks the visual tokens. Of the dropped ones the best 30 % are clustered by density peaks and come back as
+cluster means, placed behind the kept tokens.
 """
 
 from __future__ import annotations
@@ -146,9 +146,7 @@ class SparseVLM(Pruner):
             return [score.topk(keep(span)).indices.sort().values for score, span in zip(scores, context.spans)]
 
         def merge(kept: list[Tensor], scores: list[Tensor], context: Context) -> list[Selection]:
-            return [
-                self.recycled(one, score, context, span) for one, score, span in zip(kept, scores, context.spans)
-            ]
+            return [self.recycled(one, score, context, span) for one, score, span in zip(kept, scores, context.spans)]
 
         return Stage(
             "decoder",

@@ -177,12 +177,11 @@ class Stage:
             raise InvalidInputError(f"a stage's place is 'tower', 'embeddings' or 'decoder', got {self.place!r}")
         if self.positions not in ("auto", "renumber", "keep"):
             raise InvalidInputError(f"positions are 'auto', 'renumber' or 'keep', got {self.positions!r}")
-        if self.place == "decoder":
-            if self.layer is None or self.layer < 1:
-                raise InvalidInputError(
-                    f"a decoder stage acts before a layer from 1 on, got {self.layer}; to prune before layer 0 use the "
-                    "place 'embeddings'"
-                )
+        if self.place == "decoder" and (self.layer is None or self.layer < 1):
+            raise InvalidInputError(
+                f"a decoder stage acts before a layer from 1 on, got {self.layer}; to prune before layer 0 use the "
+                "place 'embeddings'"
+            )
 
     def planned(self, now: int, first: int) -> int:
         """Tokens that stay of `now` alive and `first` at first.

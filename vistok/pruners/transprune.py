@@ -78,9 +78,7 @@ SCHEDULES = {
 }
 
 
-def transition(
-    before: Tensor, after: Tensor, valid: Tensor | None = None, direction: Direction = "signed"
-) -> Tensor:
+def transition(before: Tensor, after: Tensor, valid: Tensor | None = None, direction: Direction = "signed") -> Tensor:
     """Transition value float32 [B, S] of every token in one module (paper equations 1 to 3).
 
     Args:

@@ -3,9 +3,9 @@
 "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization", ICCV 2025, arXiv
 2508.05211. Written from the equations.
 
-1. *Importance* (section 3.1). In one attention map of the tower, tokens that receive more than `threshold` times the mean
-   are global; a token's importance is the mean attention that the global tokens pay to it, plus `entropy_weight` times
-   the softmax over a view of the entropy of its pixels. Newline tokens have importance 1.
+1. *Importance* (section 3.1). In one attention map of the tower, tokens that receive more than `threshold` times the
+   mean are global; a token's importance is the mean attention that the global tokens pay to it, plus `entropy_weight`
+   times the softmax over a view of the entropy of its pixels. Newline tokens have importance 1.
 2. *Recycling* (3.2). Of those to be dropped, all in one `cell_size` x `cell_size` cell become one token: their mean
    weighted by importance, at the place of the most important one.
 3. *Stages* (3.3). Before the language model, and before two decoder layers by the same importance.
@@ -77,7 +77,9 @@ class Settings:
 
 PUBLISHED = {
     0.5: Settings((0.7233201448753168, 0.748747637472693, 0.487), 28.683047941520474, 11.756787150848968),
-    0.25: Settings((0.2651026358526424, 0.9833433139039235, 0.8773258179532721), 34.759552803070484, 15.580797034937687),
+    0.25: Settings(
+        (0.2651026358526424, 0.9833433139039235, 0.8773258179532721), 34.759552803070484, 15.580797034937687
+    ),
     0.1: Settings((0.11661529508161146, 1.0, 0.6011), 39.26492840997221, 17.386981849158786),
 }
 """The authors' settings for LLaVA-OneVision-7B by average share kept; layers 9 and 18 of 28."""
@@ -267,8 +269,8 @@ class VFlowOpt(Pruner):
     """VFlowOpt on any supported model.
 
     Args:
-        settings: a published budget (0.5, 0.25 or 0.1, found for LLaVA-OneVision-7B), or `Settings`, for example from the
-            search.
+        settings: a published budget (0.5, 0.25 or 0.1, found for LLaVA-OneVision-7B), or `Settings`, for example from
+            the search.
         layers: prune before these decoder layers (0-based); None: a third and two thirds of the depth (9 and 18 of 28).
         recycling: `"auto"` recycles where a sample has one image (the authors do not for videos and several images);
             True or False forces it.
@@ -336,9 +338,7 @@ class VFlowOpt(Pruner):
         for layer, ratio in zip(layers, later):
             check_layer("a layer of VFlowOpt", layer)
             selector = TopK(rounded_drop(ratio), self.scope)
-            stages.append(
-                Stage("decoder", selector, CarriedScorer(), layer=layer, positions="keep", name="VFlowOpt")
-            )
+            stages.append(Stage("decoder", selector, CarriedScorer(), layer=layer, positions="keep", name="VFlowOpt"))
         return stages
 
     def _first(self, scores: list[Tensor], context: Context) -> list[Tensor]:

@@ -3,9 +3,9 @@
     result = search(model, samples, target=0.25, storage="vflowopt.journal")
     pruner = VFlowOpt(result.settings, layers=result.layers)
 
-The search keeps the state of the last prompt token after the final norm close to that of the unpruned model; it needs no
-labels. Optuna proposes settings (a Gaussian process with expected improvement, random points first); with `storage` the
-trials are written to a file as they end, and a search that was interrupted goes on from there.
+The search keeps the state of the last prompt token after the final norm close to that of the unpruned model; it needs
+no labels. Optuna proposes settings (a Gaussian process with expected improvement, random points first); with
+`storage` the trials are written to a file as they end, and a search that was interrupted goes on from there.
 
 Work that does not change between trials is done once: unpruned states, tower features, queries and keys of the tower's
 attention. A trial then costs one pruned prefill a sample, without tower and without output head.
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from vistok.attach import Handle
 from vistok.errors import CheckpointError, InvalidInputError, require
 from vistok.files import write_text_atomic
+from vistok.pruners.engine import Engine
 from vistok.pruners.hosts import Host, find_host
 from vistok.pruners.hosts.base import Capture, TowerAttention
-from vistok.pruners.pruner import Engine
 from vistok.pruners.vflowopt import Settings, VFlowOpt, global_attention, last_ratio
 
 __all__ = ["SearchResult", "Trial", "box_for", "search"]
@@ -156,7 +156,9 @@ class _Objective:
             captures[kind].visuals = host.visuals(captures[kind], outputs[kind])
             held[kind] = rows
         if not outputs:
-            raise InvalidInputError(f"sample {number} has no pictures; give what the processor returns for image and text")
+            raise InvalidInputError(
+                f"sample {number} has no pictures; give what the processor returns for image and text"
+            )
         rest = {name: value for name, value in inputs.items() if name not in _PIXELS.values() and name != "labels"}
         mask = rest.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
@@ -277,9 +279,7 @@ def search(
             from optuna.storages.journal import JournalFileBackend
 
             store = JournalStorage(JournalFileBackend(str(storage)))
-        study = optuna.create_study(
-            study_name=study_name, storage=store, direction="maximize", load_if_exists=True
-        )
+        study = optuna.create_study(study_name=study_name, storage=store, direction="maximize", load_if_exists=True)
         done = len([one for one in study.trials if one.state.name == "COMPLETE"])
         startup = max(1, min(random_trials, trials))
         study.sampler = optuna.samplers.GPSampler(seed=seed + done, n_startup_trials=startup)

@@ -1,10 +1,10 @@
 """VisionZip: keep the tokens the class token attends to, and merge the rest into a few contextual ones.
 
-Senqiao Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467. Dominant
-tokens (the class token is one of them) come first in raster order, then the contextual ones. The merged features pass
-through the model's projector. Differences: tiles follow one another in the order of the views instead of being put back
-into a grid. Towers without a class token use the attention received from all tokens; where patches are merged before the
-projector, contextual tokens are means of projected tokens (our extension).
+Senqiao Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467.
+Dominant tokens (the class token is one of them) come first in raster order, then the contextual ones. The merged
+features pass through the model's projector. Differences: tiles follow one another in the order of the views instead
+of being put back into a grid. Towers without a class token use the attention received from all tokens; where patches
+are merged before the projector, contextual tokens are means of projected tokens (our extension).
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ class VisionZip(Pruner):
         def merge(kept: list[Tensor], scores: list[Tensor], context: Context) -> list[Selection]:
             return [self.zipped(context, span, views) for span, views in zip(context.spans, context.readings)]
 
-        super().__init__(
-            [Stage("tower", select, _Scorer(), merge, layer=layer, positions=positions, name="VisionZip")]
-        )
+        super().__init__([Stage("tower", select, _Scorer(), merge, layer=layer, positions=positions, name="VisionZip")])
 
     def zipped(self, context: Context, span: Span, views: list[Tensor]) -> Selection:
         """All views of one visual."""
@@ -137,7 +135,8 @@ class VisionZip(Pruner):
         joined, stand = torch.cat(values), torch.cat(tokens)
         if len(joined) > len(span):
             raise InvalidInputError(
-                f"the {span.visual.kind} fills {len(span)} places of the prompt, and VisionZip makes {len(joined)} tokens"
+                f"the {span.visual.kind} fills {len(span)} places of the prompt, and VisionZip makes "
+                f"{len(joined)} tokens"
             )
         if span.visual.single and bool((stand.diff() > 0).all()):
             return Selection(stand, joined)

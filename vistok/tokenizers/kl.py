@@ -270,6 +270,18 @@ class KLModel(VistokModel, AutoencoderKL):
         )
 
     @classmethod
+    def from_single_file(cls, *arguments: Any, **options: Any) -> KLModel:
+        """Refused: diffusers' converter leaves out the attention of the encoder's levels, which KL-16 has.
+
+        Raises:
+            InvalidInputError: always; use `from_official`.
+        """
+        raise InvalidInputError(
+            "KLModel.from_single_file would lose the attention of the encoder's levels; use "
+            'KLModel.from_official("kl16.ckpt", "kl16.mar")'
+        )
+
+    @classmethod
     def tiny(cls, **overrides: Any) -> KLModel:
         """Random weights in eval mode: 2x downsampling, 4 channels."""
         arguments: dict[str, Any] = {

@@ -102,9 +102,7 @@ def llava_next(g: Any) -> dict[str, Tensor]:
     inputs = {"input_ids": g.inputs["input_ids"], **images}
     for strategy in ("rank", "row"):
         scope = call.get("scope", "per_view")
-        pruner = FoPru(
-            call["ratio"], strategy, layer=call["attention_layer"], newline=call["newline"], scope=scope
-        )
+        pruner = FoPru(call["ratio"], strategy, layer=call["attention_layer"], newline=call["newline"], scope=scope)
         result = run(model, inputs, pruner, call["decode_steps"])
         for name, value in zip(("logits", "generated_ids", "step_logits"), result):
             outputs[f"{strategy}_{name}"] = value

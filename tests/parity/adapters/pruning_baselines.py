@@ -24,7 +24,8 @@ def tower(g: Any) -> tuple[Tensor, Tensor, TowerAttention]:
     model = CLIPVisionModel(CLIPVisionConfig(**g.config["clip_vision_config"])).eval()
     state = {key.removeprefix("vision_model."): value for key, value in g.weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not missing and all("position_ids" in key for key in unexpected), (missing, unexpected)
+    assert not missing, missing
+    assert all("position_ids" in key for key in unexpected), unexpected
     layer = model.encoder.layers[len(model.encoder.layers) + g.call.get("select_layer", -2)]
     held: dict[str, Tensor] = {}
     hook = layer.layer_norm1.register_forward_hook(lambda module, args, output: held.update(input=output))
@@ -69,7 +70,7 @@ def visionzip(g: Any) -> dict[str, Tensor]:
 
 def divprune(g: Any) -> dict[str, Tensor]:
     features = g.inputs["features"]
-    order = diverse_tokens(features, int(round(g.call["threshold_ratio"] * len(features))))
+    order = diverse_tokens(features, round(g.call["threshold_ratio"] * len(features)))
     return {"order": order, "kept": order.sort().values}
 
 

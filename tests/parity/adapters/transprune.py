@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -48,6 +48,7 @@ class Listener:
         self.positions: list[list[int]] = []
         self.rotary: list[dict[int, Tensor]] = []
         self.values: list[Tensor] = []
+        self.tables: dict[int, Any] = {}  # rotary tables of the prefill
 
     @contextmanager
     def listening(self) -> Iterator[Listener]:
@@ -99,18 +100,28 @@ def stage_outputs(pruner: TransPrune, listener: Listener, accumulate: list[int],
     return outputs
 
 
+def keeping(held: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """A forward hook that keeps a module's output."""
+
+    def hook(module: Any, args: tuple, output: Any) -> None:
+        held[name] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
 def transitions(model: Any, listener: Listener, numbers: list[int]) -> dict[str, Tensor]:
     """Transition values of every accumulation layer, those after the last pruning included: the pruner skips them."""
     outputs = {}
     for number in numbers:
         layer, hidden = model.model.language_model.layers[number - 1], listener.hidden[0][number - 1]
         held: dict[str, Tensor] = {}
-        hooks = [
-            layer.input_layernorm.register_forward_hook(lambda m, a, o: held.update(b1=o)),
-            layer.self_attn.register_forward_hook(lambda m, a, o: held.update(a1=o[0])),
-            layer.post_attention_layernorm.register_forward_hook(lambda m, a, o: held.update(b2=o)),
-            layer.mlp.register_forward_hook(lambda m, a, o: held.update(a2=o)),
-        ]
+        parts = {
+            "b1": layer.input_layernorm,
+            "a1": layer.self_attn,
+            "b2": layer.post_attention_layernorm,
+            "a2": layer.mlp,
+        }
+        hooks = [part.register_forward_hook(keeping(held, name)) for name, part in parts.items()]
         size = hidden.shape[1]
         rotary = listener.tables[number - 1]
         layer(hidden, attention_mask=torch.ones(1, 1, size, size).tril().bool(), position_embeddings=rotary)
@@ -154,7 +165,6 @@ def original(g: Any) -> dict[str, Tensor]:
     listener = Listener(model)
     outputs: dict[str, Tensor] = {"n_image_tokens": torch.tensor([count])}
     length = inputs["input_ids"].shape[1]
-    listener.tables = {}
 
     def tables(number: int) -> Any:
         def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -216,7 +226,6 @@ def qwen(g: Any) -> dict[str, Tensor]:
     outputs = {"logits_unpruned": model(**inputs).logits}
     pruner = pruner_of(g.call)
     listener = Listener(model)
-    listener.tables = {}
     with pruner.attached(model), listener.listening():
         hooks = []
         for number, layer in enumerate(listener.layers):

@@ -46,12 +46,8 @@ def pruner_of(options: dict[str, Any]) -> VFlowOpt:
     if options.get("enable_illava_llm", True):
         layers = list(options["illava_llm_k"])
         ratios += list(options["illava_llm_r"])
-    settings = Settings(
-        tuple(ratios), options["illava_vit_t"], options["illava_vit_m"], options["illava_vit_alpha_v"]
-    )
-    return VFlowOpt(
-        settings, layers=layers, tower_layer=options["illava_vit_k"][0], entropy_input="normalized"
-    )
+    settings = Settings(tuple(ratios), options["illava_vit_t"], options["illava_vit_m"], options["illava_vit_alpha_v"])
+    return VFlowOpt(settings, layers=layers, tower_layer=options["illava_vit_k"][0], entropy_input="normalized")
 
 
 class Decoder:
@@ -119,7 +115,8 @@ def onevision(g: Any) -> dict[str, Tensor]:
     model = from_original(g.weights, g.config, image_token_id=token)
     video_token = free_token(torch.cat([ids, torch.tensor([[token]])], dim=1), model.config.text_config.vocab_size)
     model.config.video_token_id = video_token
-    # Neighbours in `low_k` differ by 1e-9: the recorded tower ran eager attention, and another order of sums swaps them.
+    # Neighbours in `low_k` differ by 1e-9: the recorded tower ran eager attention, and another order of sums
+    # swaps them.
     model.model.vision_tower.config._attn_implementation = "eager"
     pixels = g.inputs["pixels_u8"].repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2).float() / 255
     images = inputs_of(g, pixels)
@@ -180,7 +177,8 @@ def importance_outputs(
 
 def stage_outputs(pruner: VFlowOpt, decoder: Decoder, options: dict[str, Any], kind: str) -> dict[str, Tensor]:
     report = pruner.last_report
-    assert report is not None and decoder.embeddings is not None
+    assert report is not None
+    assert decoder.embeddings is not None
     first = report.stages[0].visuals
     outputs = {"n_visual_after_vit": torch.tensor([sum(len(one.kept) for one in first)])}
     start = options["illava_llm_image_token_start_index"]

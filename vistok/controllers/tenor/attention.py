@@ -209,9 +209,7 @@ class _UNetProcessor:
         if attn.norm_cross:
             states = attn.norm_encoder_hidden_states(states)
         length, channels = states.shape[1:]
-        constants = None
-        if self.maps is None:  # maps are kept while the layer learns
-            constants = self._constants.get(projections[:1], length, channels, states)
+        constants = self._constants.get(projections[:1], length, channels, states)
         if constants is None:
             coded = states + position_code(length, channels, states.dtype, states.device)
             key = attn.to_kv(coded).chunk(2, dim=-1)[0] if fused else attn.to_k(coded)
@@ -351,11 +349,12 @@ class Tenor(Attachable):
     with it (`load_unet`, `FluxLowRankAdapters`); others it only perturbs.
 
     Args:
-        maps: keeps the cross-attention probabilities of UNets (for training); None uses the fused attention.
+        maps: keeps the cross-attention probabilities of UNets; None uses the fused attention.
+        training: UNets then compute every attention by the layers' own score function, as the authors' training does.
     """
 
-    def __init__(self, maps: AttentionMaps | None = None) -> None:
-        self.maps = maps
+    def __init__(self, maps: AttentionMaps | None = None, *, training: bool = False) -> None:
+        self.maps, self.training = maps, training
 
     def _attach(self, model: Any, handle: Handle) -> None:
         network = network_of(model)
@@ -379,7 +378,7 @@ class Tenor(Attachable):
                 processor = _UNetProcessor(backend, place, self.maps)
             layer.processor = processor
             handle.undo_with(setattr, layer, "processor", before)
-        if self.maps is not None:
+        if self.training:
             # Training runs in the layers' own score function throughout, as the authors' does: it honours
             # `upcast_attention`, which the fused attention of the other layers ignores.
             read_text = {id(layer) for _, layer in layers}

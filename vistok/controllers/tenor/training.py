@@ -89,7 +89,7 @@ class UNetObjective(nn.Module):
         self.scheduler = scheduler
         self.token_scale, self.pixel_scale = token_scale, pixel_scale
         self.maps = AttentionMaps()
-        self._tenor = Tenor(self.maps)
+        self._tenor = Tenor(self.maps, training=True)
 
     def places(self, side: int) -> list[str]:
         """Where attention is judged, for latents of `side`: the middle and the three upper levels."""

@@ -39,7 +39,7 @@ from vistok.registry import Published
 from vistok.tokens import VisualTokens
 
 from .entities import EntityLayout, attention_mask, entity_layout
-from .network import NORM_EPS, Attend, Block, axial_rotation
+from .network import NORM_EPS, Attend, Block, attend_to_prefixes, axial_rotation
 from .run import EntityRun
 
 __all__ = ["XAR"]
@@ -398,11 +398,7 @@ class XAR(VistokModel):
             if clean_context or not query.is_cuda or layout.num_entities > MOST_CALLS:
                 mask = attention_mask(*self._entities, clean_context, query.device)
                 return attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-            parts = [
-                attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], dropout_p=dropout)
-                for start, stop in pairwise(layout.starts)
-            ]
-            return torch.cat(parts, dim=2)
+            return attend_to_prefixes(query, key, value, layout.starts, dropout)
 
         return attend
 

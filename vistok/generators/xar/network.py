@@ -9,7 +9,8 @@ H heads, C channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "Block",
     "Modulation",
     "PackedFeedForward",
+    "attend_to_prefixes",
     "axial_rotation",
     "norm_step",
     "residual_step",
@@ -88,6 +90,23 @@ def residual_step(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift:
         return gated_modulated_norm(x, branch, gate, scale, shift, eps=NORM_EPS)
     x = torch.addcmul(x, gate, branch)
     return x, norm_step(x, scale, shift)
+
+
+def attend_to_prefixes(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int], dropout: float) -> Tensor:
+    """Attention [R, H, N, C] of a sequence of entities, each to itself and all earlier ones, one call an entity.
+
+    Args:
+        query, key, value: [R, H, N, C].
+        starts: position at which each entity starts, and N at the end.
+        dropout: of the attention probabilities.
+    """
+    parts = [
+        functional.scaled_dot_product_attention(
+            query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], dropout_p=dropout
+        )
+        for start, stop in pairwise(starts)
+    ]
+    return torch.cat(parts, dim=2)
 
 
 def split_modulation(values: Tensor) -> Modulation:

@@ -1,4 +1,4 @@
-"""Model families that pruners attach to. `find_host(model)` picks one, or says what is supported and what is missing."""
+"""Model families that pruners attach to. `find_host(model)` picks one, or says what is supported and missing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def find_host(model: Any) -> Host:
         part
         for part, found in {
             "model (the multimodal core)": hasattr(model, "model"),
-            "model.language_model.layers": hasattr(getattr(getattr(model, "model", None), "language_model", None), "layers"),
+            "model.language_model.layers": hasattr(
+                getattr(getattr(model, "model", None), "language_model", None), "layers"
+            ),
             "model.get_image_features": hasattr(getattr(model, "model", None), "get_image_features"),
         }.items()
         if not found

@@ -218,11 +218,13 @@ class Host:
         """
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
-        batch, length = hidden.shape[:2]
+        batch, _length = hidden.shape[:2]
         cos, sin = tables
         picked = normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
         query = self._heads(attention.q_proj(picked), attention, "q_norm")
-        turn = [table.expand(batch, -1, -1).gather(1, rows[..., None].expand(-1, -1, table.shape[-1])) for table in tables]
+        turn = [
+            table.expand(batch, -1, -1).gather(1, rows[..., None].expand(-1, -1, table.shape[-1])) for table in tables
+        ]
         query = rotate(query, turn[0], turn[1])
         if key is None:
             key = rotate(self._heads(attention.k_proj(normed), attention, "k_norm"), cos, sin)

@@ -81,9 +81,7 @@ class LlavaNext(Llava):
                 return self.pack(torch.stack(list(views)), size, newline, arguments)
 
             found.append(
-                Visual(
-                    "image", len(tokens), range(start, start + count), (self.side, self.side), pack, single=False
-                )
+                Visual("image", len(tokens), range(start, start + count), (self.side, self.side), pack, single=False)
             )
             start += count
         return found

@@ -1,8 +1,8 @@
 """The original LLaVA checkpoint layout, brought to transformers' classes.
 
-LLaVA-1.5, LLaVA-1.6 and LLaVA-OneVision were published with other key names than transformers uses. `from_original` loads
-such a state dict strictly into the transformers model of its configuration, so that the checkpoints of the pruning papers
-can be used as they were published.
+LLaVA-1.5, LLaVA-1.6 and LLaVA-OneVision were published with other key names than transformers uses. `from_original`
+loads such a state dict strictly into the transformers model of its configuration, so that the checkpoints of the
+pruning papers can be used as they were published.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def rename_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             strange.append(key)
     if strange:
         raise CheckpointError(
-            f"{len(strange)} keys belong to no part of an original LLaVA checkpoint, e.g. {', '.join(sorted(strange)[:4])}"
+            f"{len(strange)} keys belong to no part of an original LLaVA checkpoint, e.g. "
+            f"{', '.join(sorted(strange)[:4])}"
         )
     return renamed
 
@@ -167,7 +168,9 @@ def config_from_original(config: Mapping[str, Any], image_token_id: int | None =
             tie_word_embeddings=given.get("tie_word_embeddings", False),
         )
     if "llava_config" not in config:
-        raise InvalidInputError(f"an original configuration holds llava_config or llava_qwen_config, got {list(config)}")
+        raise InvalidInputError(
+            f"an original configuration holds llava_config or llava_qwen_config, got {list(config)}"
+        )
     given = config["llava_config"]
     shared = {
         "vision_config": {"model_type": "clip_vision_model", **config["clip_vision_config"]},
@@ -227,7 +230,8 @@ def from_original(
         renamed |= {
             f"model.vision_tower.{key.removeprefix('vision_model.')}": value
             for key, value in own.items()
-            if not key.endswith(_BUFFERS) and not key.startswith(("text_model.", "text_projection", "visual_projection"))
+            if not key.endswith(_BUFFERS)
+            and not key.startswith(("text_model.", "text_projection", "visual_projection"))
             and key != "logit_scale"
         }
     problems = describe_mismatch(model.state_dict(), renamed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Qwen3VL(Host):
             TowerAttention(
                 query[start:stop].transpose(0, 1)[None], key[start:stop].transpose(0, 1)[None], module.scaling
             )
-            for start, stop in zip(bounds[:-1], bounds[1:])
+            for start, stop in itertools.pairwise(bounds)
         ]
 
     def token_order(self, capture: Capture) -> Tensor | None:

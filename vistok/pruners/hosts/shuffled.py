@@ -1,4 +1,4 @@
-"""InternVL and SmolVLM: square tiles whose patches are folded into fewer tokens before the projector (pixel shuffle)."""
+"""InternVL and SmolVLM: square tiles whose patches are folded into fewer tokens (pixel shuffle)."""
 
 from __future__ import annotations
 

@@ -60,7 +60,6 @@ __all__ = ["FlexTok", "Teacher", "TokenBudget"]
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 GUIDANCE = ("normalized", "classifier_free")
-REPA_HIDDEN = 2048
 
 Teacher: TypeAlias = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] -> features [B, F, rows, columns] of a frozen network (DINOv2 in the paper)."""
@@ -136,6 +135,7 @@ class FlexTok(VistokModel):
         noise_schedule, mode_scale: see `noise_levels`.
         repa_layer: decoder block (from 0) whose output the representation loss reads; None has no such loss.
         repa_channels: channels of the teacher; None builds no head, as in the published files.
+        repa_hidden_size: hidden channels of the head that maps decoder features to the teacher's.
         repa_weight: weight of the representation loss.
 
     Raises:
@@ -198,6 +198,7 @@ class FlexTok(VistokModel):
         mode_scale: float = 0.25,
         repa_layer: int | None = 1,
         repa_channels: int | None = None,
+        repa_hidden_size: int = 2048,
         repa_weight: float = 1.0,
     ) -> None:
         super().__init__()
@@ -270,7 +271,7 @@ class FlexTok(VistokModel):
             **shared,
         )
         if repa_channels is not None:
-            self.repa_head = ProjectionHead(decoder_size, REPA_HIDDEN, repa_channels)
+            self.repa_head = ProjectionHead(decoder_size, repa_hidden_size, repa_channels)
         self._teacher: Teacher | None = None
         self._schedule: tuple[Any, list[Tensor], tuple[list[Tensor], Tensor]] | None = None
         self._initialise()

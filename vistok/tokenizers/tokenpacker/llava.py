@@ -468,7 +468,7 @@ def empty_llava(
     image_token_id: int = IMAGE_TOKEN_ID,
     **projector: Any,
 ) -> Any:
-    """`LlavaForConditionalGeneration` with a TokenPacker as its projector, parameters on the meta device.
+    """`LlavaForConditionalGeneration` with a TokenPacker as its projector, all on the meta device.
 
     Args:
         language: `LlamaConfig` arguments; vision: `CLIPVisionConfig` arguments (None: CLIP-ViT-L/14 at 336 pixels).
@@ -476,7 +476,6 @@ def empty_llava(
         image_token_id: id that stands for a visual token; its own embedding is never used.
         projector: further arguments of `TokenPacker`.
     """
-    from accelerate import init_empty_weights
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from .model import TokenPacker
@@ -490,7 +489,7 @@ def empty_llava(
         vision_feature_select_strategy="default",
         tie_word_embeddings=bool(language.get("tie_word_embeddings", False)),
     )
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
         arguments = {
             "hidden_size": text.hidden_size,
@@ -556,6 +555,10 @@ def llava_from_official(
     if problems:
         raise CheckpointError(f"{name} does not fit LLaVA-TokenPacker: " + "; ".join(problems))
     model.load_state_dict(renamed, strict=True, assign=True)
+    for part in model.modules():  # tables outside the state dict: rotary frequencies and position numbers
+        if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
+            for key, buffer in type(part)(part.config).named_buffers(recurse=False):
+                setattr(part, key, buffer)
     return model.eval()
 
 
