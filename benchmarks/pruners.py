@@ -10,6 +10,7 @@ add when everything is kept, as a share of the unpruned prefill. The variants ta
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,41 +107,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pixels = torch.randn(given.batch, 3, pixel, pixel, device=given.device, dtype=model.dtype)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {visual} visual and {TEXT} text tokens")
 
-    def prefill(pruner: Pruner | None) -> Callable[[], Any]:
+    # Attached and plain models take turns, so there are two; they share their weights.
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+    @torch.no_grad()
+    def prefill(one: Any) -> Callable[[], Any]:
         """A prefill from ready features; attaching is outside, as a server would attach once."""
+        features = one.get_image_features(pixel_values=pixels, return_dict=True)
 
         @torch.no_grad()
         def run() -> Any:
-            features = {"image": outputs[id(pruner)]}
-            return model(input_ids=ids, mm_encoder_outputs=features, use_cache=True, logits_to_keep=1)
+            return one(input_ids=ids, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1)
 
         return run
 
-    outputs: dict[int, Any] = {}
-    rows: list[dict[str, Any]] = []
-
-    @torch.no_grad()
-    def measured(name: str, pruner: Pruner | None) -> tuple[list[float], list[float]]:
+    def measured(pruner: Pruner | None) -> tuple[list[float], list[float]]:
         """Seconds of the unpruned and the pruned prefill, turn by turn."""
-        plain: Callable[[], Any] = prefill(None)
-        outputs[id(None)] = model.get_image_features(pixel_values=pixels, return_dict=True)
         if pruner is None:
-            return interleaved({"a": plain}, given.repeats)["a"], []
-        times: tuple[list[float], list[float]] = ([], [])
-        handle = pruner.attach(model)
-        outputs[id(pruner)] = model.get_image_features(pixel_values=pixels, return_dict=True)
-        found = interleaved({"pruned": prefill(pruner)}, given.repeats)["pruned"]
-        handle.remove()
-        times[0].extend(interleaved({"plain": plain}, given.repeats)["plain"])
-        times[1].extend(found)
-        return times
+            return interleaved({"plain": prefill(model)}, given.repeats)["plain"], []
+        with pruner.attached(twin):
+            found = interleaved({"plain": prefill(model), "pruned": prefill(twin)}, given.repeats)
+        return found["plain"], found["pruned"]
 
+    rows: list[dict[str, Any]] = []
     for ratio in (None, *given.ratios):
         for name, pruner in ({"unpruned": None} if ratio is None else methods(given.layers, ratio)).items():
             # Those whose schedule is published do not follow the ratio: once is enough.
             if pruner is not None and ratio != given.ratios[0] and name in ("TransPrune-High", "PyramidDrop"):
                 continue
-            plain, pruned = measured(name, pruner)
+            plain, pruned = measured(pruner)
             label = name if ratio is None or name in ("TransPrune-High", "PyramidDrop") else f"{name} {ratio:g}"
             row: dict[str, Any] = {"name": label, "seconds": summary(pruned or plain), "plain": summary(plain)}
             if pruner is None:
@@ -154,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 promised = report.flops / report.unpruned_flops
                 share = row["seconds"]["median"] / row["plain"]["median"]
                 keep = methods(given.layers, 1.0)[name]
-                plain_again, scoring = measured(name, keep)
+                plain_again, scoring = measured(keep)
                 overhead = summary(scoring)["median"] / summary(plain_again)["median"] - 1
                 row |= {
                     "flops_share": promised,

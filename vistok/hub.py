@@ -36,26 +36,18 @@ __all__ = ["ASSETS", "list_models", "load", "load_pipeline", "model_info"]
 ASSETS = Path(__file__).parent / "assets"
 FACTS_FILE = "vistok.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHT_SUFFIXES = {".safetensors", ".ckpt", ".pth", ".pt", ".bin"}
 PIPELINE_FILE = "model_index.json"
 TEXT_ENCODER = "text-encoder"
 HUB_PREFIX = "hub:"
 TINY_SUFFIX = ".tiny"
-# Tokenizer of the random flavours: 64 codes, as the tiny generators write.
+# Tokenizers of the random flavours: 64 codes, or 4 channels, as the tiny generators write.
 TINY_TOKENIZER = "vq.tiny"
+TINY_TOKENIZERS = {"mar": "kl.tiny", "himar": "kl.tiny", "xar": "kl.tiny"}
+# Classes of diffusers that are one of ours: name in config.json -> system.
+DIFFUSERS_CLASSES = {"AutoencoderKL": "kl"}
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
-
-# Settings of the authors' demos (LlamaGen's and NAR's sample scripts), by kind of condition.
-PUBLISHED_SAMPLING: dict[str, dict[str, dict[str, Any]]] = {
-    "llamagen": {
-        "class": {"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0},
-        "text": {"guidance_scale": 7.5, "temperature": 1.0, "top_k": 1000, "top_p": 1.0},
-    },
-    "nar": {
-        "class": {"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0},
-        "text": {"guidance_scale": 7.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
-    },
-}
 
 
 # ------------------------------------------------------------------------------------------------------------- listing
@@ -121,17 +113,14 @@ def model_info(name: str) -> dict[str, Any]:
     if name not in theirs:
         raise _unknown(name)
     entry = theirs[name]
-    facts = {**asdict(entry), "shipped": False, "kind": _kind(entry.system)}
-    sampling = _published_sampling(entry)
-    return {**facts, "sampling": sampling} if sampling else facts
+    return {**asdict(entry), "shipped": False, "kind": _kind(entry.system)}
 
 
 def _kind(system: str) -> str:
-    return "tokenizer" if hasattr(system_class(system), "decode") else "generator"
-
-
-def _published_sampling(entry: Published) -> dict[str, Any] | None:
-    return PUBLISHED_SAMPLING.get(entry.system, {}).get("text" if entry.text_encoder else "class")
+    room = SYSTEMS[system].split(".")[1]
+    if room == "tokenizers" and not hasattr(system_class(system), "decode"):
+        return "projector"
+    return room.removesuffix("s")
 
 
 def _unknown(name: str) -> UnknownNameError:
@@ -252,7 +241,9 @@ def _folder(name: str) -> Path | None:
 
 def _refuse_file(path: Path) -> NoReturn:
     """A file alone does not say what it is."""
-    names = [entry.name for entry in published().values() if entry.hub_file == path.name] or ["nar-l.imagenet256"]
+    held = [entry for entry in published().values() if entry.hub_file is not None]
+    exact = [entry.name for entry in held if Path(entry.hub_file).name == path.name]
+    names = exact or [entry.name for entry in held if Path(entry.hub_file).stem == path.stem] or ["nar-l.imagenet256"]
     raise InvalidInputError(
         f"{path} is a file; say which published checkpoint it is: vistok.load({names[0]!r}, checkpoint={str(path)!r})"
         + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")
@@ -265,6 +256,7 @@ def _from_folder(folder: Path) -> Any:
     config_file = folder / "config.json"
     if not config_file.is_file():
         if (folder / PIPELINE_FILE).is_file():
+            _check_pipeline(folder)
             raise InvalidInputError(f"{folder} holds a whole pipeline: use vistok.load_pipeline")
         if (folder / "recipe.yaml").is_file():
             raise InvalidInputError(
@@ -276,7 +268,7 @@ def _from_folder(folder: Path) -> Any:
         from vistok.generators.text import TextEncoder
 
         return TextEncoder.from_pretrained(folder, dtype="auto")
-    systems = {target.split(":")[1]: system for system, target in {**SYSTEMS, **HELPERS}.items()}
+    systems = {target.split(":")[1]: system for system, target in {**SYSTEMS, **HELPERS}.items()} | DIFFUSERS_CLASSES
     class_name = config.get("_class_name")
     if class_name not in systems:
         raise CheckpointError(
@@ -284,7 +276,21 @@ def _from_folder(folder: Path) -> Any:
             f"vistok loads: {', '.join(sorted(systems))}"
         )
     cls: Any = system_class(systems[class_name])
-    return _assemble(cls, config, _read_weights(folder), str(folder))
+    state = _read_weights(folder)
+    if class_name in DIFFUSERS_CLASSES:
+        state = cls.rename_diffusers(state)
+    return _assemble(cls, config, state, str(folder))
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Raise InvalidInputError unless the folder's pipeline is one of ours."""
+    class_name = _read_json(folder / PIPELINE_FILE).get("_class_name")
+    if class_name != "GenerationPipeline":
+        tokenizer = f"; its image tokenizer alone: vistok.load({str(folder / 'vae')!r})"
+        raise InvalidInputError(
+            f"{folder} holds a {class_name} of diffusers: load it with diffusers.DiffusionPipeline.from_pretrained"
+            + (tokenizer if (folder / "vae" / "config.json").is_file() else "")
+        )
 
 
 def _read_weights(folder: Path) -> dict[str, Any]:
@@ -334,6 +340,9 @@ def _from_authors(name: str, checkpoint: Path | None) -> Any:
         path = _download(entry)
     elif checkpoint.is_dir() and entry.hub_file is not None:
         path = checkpoint / entry.hub_file
+        others = sorted(file for file in checkpoint.glob(f"{path.stem}.*") if file.suffix in WEIGHT_SUFFIXES)
+        if not path.is_file() and others:  # the same weights in another format: kl16.ckpt
+            path = others[0]
     else:
         path = checkpoint
     return system_class(entry.system).from_official(path, name)  # type: ignore[attr-defined]
@@ -422,6 +431,7 @@ def load_pipeline(
             held = _published_in(name)
             name, folder = (held, None) if held is not None else (name, _snapshot(name))
     if folder is not None and (folder / PIPELINE_FILE).is_file():
+        _check_pipeline(folder)
         pipe = GenerationPipeline.from_pretrained(str(folder), **({} if dtype is None else {"torch_dtype": dtype}))
         return pipe.to(_device(device))
     facts = _pipeline_facts(name, folder)
@@ -462,7 +472,7 @@ def _pipeline_facts(name: str, folder: Path | None) -> dict[str, Any]:
     if name in shipped():
         return shipped()[name]
     if _is_tiny(name):
-        return {"tokenizer": TINY_TOKENIZER}
+        return {"tokenizer": TINY_TOKENIZERS.get(name.removesuffix(TINY_SUFFIX), TINY_TOKENIZER)}
     if name in published():
         facts = model_info(name)
         if facts["config"].get("num_classes", 1000) == 1000 and "imagenet" in name:

@@ -32,6 +32,7 @@ class Published:
         preprocessing: how images become model input.
         tokenizer: name of the tokenizer entry that a generator writes for.
         text_encoder: Hub id of the text encoder of a text-conditional model.
+        sampling: settings that the authors sample a generator with, by their names in its `sample`.
         parameters: trainable parameters.
     """
 
@@ -49,6 +50,7 @@ class Published:
     preprocessing: str | None = None
     tokenizer: str | None = None
     text_encoder: str | None = None
+    sampling: Mapping[str, Any] | None = None
     parameters: int | None = None
 
 
@@ -58,6 +60,8 @@ SYSTEMS: dict[str, str] = {
     "kl": "vistok.tokenizers.kl:KLModel",
     "llamagen": "vistok.generators.llamagen:LlamaGen",
     "nar": "vistok.generators.nar:NAR",
+    "nar-video": "vistok.generators.nar_video:NARVideo",
+    "larp": "vistok.tokenizers.larp:LARP",
     "seed": "vistok.tokenizers.seed:SEED",
     "xar": "vistok.generators.xar:XAR",
     "mar": "vistok.generators.mar:MAR",
@@ -65,6 +69,7 @@ SYSTEMS: dict[str, str] = {
     "flextok": "vistok.tokenizers.flextok:FlexTok",
     "flextok-ar": "vistok.generators.flextok_ar:FlexTokAR",
     "tokenpacker": "vistok.tokenizers.tokenpacker:TokenPacker",
+    "tenor": "vistok.controllers.tenor:FluxLowRankAdapters",
 }
 
 # Networks that serve the others (evaluation features, text conditioning) and have no published checkpoints.

@@ -197,3 +197,35 @@ def test_generate_keeps_finished_pictures_on_ctrl_c(
     assert main(["generate", "a red circle", "-n", "4", "--batch-size", "1", "-o", str(out)]) == 130
     assert "1 of 4 pictures" in capsys.readouterr().err
     assert Image.open(out).size == (64, 64)
+
+
+def test_generate_with_continuous_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pivots come first and are smaller: a film strip shows them as large as the picture."""
+    out, film = tmp_path / "grid.png", tmp_path / "film.png"
+    asked = ["generate", "--model", "himar.tiny", "--class", "3", "-n", "2", "--num-inference-steps", "2"]
+    assert main([*asked, "-o", str(out), "--film", str(film), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 2
+    assert sorted(Image.open(out).size) == [8, 18]
+    pixels = np.asarray(Image.open(film))
+    assert pixels.shape[:2] == (18, 6 * 10 - 2)  # a row a picture; one pivot a step, then the image in two
+    assert (pixels[:8, :8] == 128).all(-1).sum() == 48  # three of four pivots are undecided after the first step
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["--class", "red circle"], "no class names; give a number in 0..9"),
+        (["red circle"], "no class names; give a number in 0..9"),
+        (["--class", "12"], "classes are numbered 0..9"),
+        (["--class", "3", "--temperature", "0.5"], "unknown sampling setting ['temperature'] of XAR; known: guidance"),
+        (["--class", "3", "--height", "24"], "XAR has learned the positions of a 4x4 grid"),
+    ],
+)
+def test_generate_says_what_a_model_lacks(
+    asked: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--model", "xar.tiny", *asked, "-o", str(tmp_path / "grid.png")]) != 0
+    message = " ".join(capsys.readouterr().err.split())
+    assert words in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "grid.png").exists()

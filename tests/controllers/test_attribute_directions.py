@@ -22,7 +22,8 @@ from vistok.controllers.attribute_directions import (
     contrast_delta,
 )
 from vistok.errors import CheckpointError, InvalidInputError
-from vistok.nn.prompts import describe_pipeline
+from vistok.nn.prompts import describe_pipeline, encode_prompts
+from vistok.nn.spans import covered_tokens, find_subject, token_spans
 
 PROMPT = "a photo of a woman and an old truck"
 LENGTH = {"max_sequence_length": 32}
@@ -39,7 +40,6 @@ def changed_rows(after: torch.Tensor, before: torch.Tensor) -> list[int]:
 
 def test_plain_states_are_the_pipelines_own(pipe: Any) -> None:
     controller = AttributeDirections(AttributeEdit(delta_for(pipe), "woman", 0.0), delay=0)
-    ours = controller.prompt_kwargs(pipe, [PROMPT, "a dog"], **LENGTH)["prompt_embeds"] if False else None
     ours = controller.prompt_kwargs(pipe, PROMPT, **LENGTH)
     family = describe_pipeline(pipe).family
     arguments: dict[str, Any] = {"prompt": PROMPT, "device": "cpu", "num_images_per_prompt": 1}
@@ -74,8 +74,6 @@ def test_only_the_subjects_tokens_move_and_linearly(pipe: Any) -> None:
     assert moved
     text = describe_pipeline(pipe, max_sequence_length=32)
     expected = set()
-    from vistok.nn.prompts import encode_prompts
-
     encoded, _ = encode_prompts(text, [PROMPT])
     for slot in text.encoders:
         if slot.tokens:
@@ -120,7 +118,8 @@ def test_the_delay_keeps_the_first_steps(pipe: Any) -> None:
     controller = AttributeDirections(AttributeEdit(delta_for(pipe), "woman", 3.0), delay=0.5)
     with controller.attached(pipe):
         draw(pipe, PROMPT, steps=4, callback_on_step_end=keep("steered"))
-    same = [torch.equal(one, two) for one, two in zip(seen["plain"], seen["steered"], strict=True)]
+    # Prompts encoded in another batch differ by rounding.
+    same = [torch.allclose(one, two, atol=1e-5) for one, two in zip(seen["plain"], seen["steered"], strict=True)]
     assert same == [True, True, False, False]
 
 
@@ -173,7 +172,7 @@ def test_occurrences_plurals_and_capitals() -> None:
     delta = delta_for(pipe)
 
     def rows(prompt: str, subject: str, occurrence: int | None = None) -> list[int]:
-        plain = AttributeDirections(AttributeEdit(delta, (0, 1), 0.0), delay=0)
+        plain = AttributeDirections(AttributeEdit(delta, subject, 0.0), delay=0)
         moved = AttributeDirections(AttributeEdit(delta, subject, 1.0, occurrence), delay=0)
         return changed_rows(
             moved.prompt_kwargs(pipe, prompt)["prompt_embeds"], plain.prompt_kwargs(pipe, prompt)["prompt_embeds"]
@@ -190,7 +189,7 @@ def test_occurrences_plurals_and_capitals() -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"subject": "cat"}, "its words are: a, photo, of, a, woman".replace("of, a, woman", "of, woman")),
+        ({"subject": "cat"}, "its words are: a, photo, of, woman, and, an, old, truck"),
         ({"subject": "woman", "occurrence": 1}, "occurs 1 time"),
         ({"subject": (3, 900)}, "outside the prompt"),
         ({"subject": re.compile("oman")}, "cuts through the token"),
@@ -211,8 +210,8 @@ def test_a_subject_that_is_truncated_away_is_refused(pipe: Any) -> None:
 
 
 def test_a_delta_of_other_encoders_names_both() -> None:
+    published = AttributeDelta.tiny({"oai_clip_vit_l": 768, "openclip_g": 1280})
     with pytest.raises(InvalidInputError, match=r"oai_clip_vit_l \(768 wide\).*openclip_g.*t5_xxl \(32 wide\)"):
-        published = AttributeDelta.tiny({"oai_clip_vit_l": 768, "openclip_g": 1280})
         AttributeDirections(AttributeEdit(published, "woman")).prompt_kwargs(pipeline("flux"), PROMPT)
     with pytest.raises(InvalidInputError, match=r"768 wide.*32 wide"):
         AttributeDirections(AttributeEdit(published, "woman")).prompt_kwargs(pipeline("sd"), PROMPT)
@@ -290,8 +289,6 @@ def test_contrast_is_the_mean_difference(pipe: Any) -> None:
         wanted = torch.zeros(slot.width)
         for prefix in pairs().prefixes:
             for phrase, sign in (("old man", 1), ("young man", -1)):
-                from vistok.nn.spans import covered_tokens, find_subject, token_spans
-
                 prompt = f"{prefix} {phrase}"
                 spans = token_spans(prompt, slot.tokenizer)
                 place = covered_tokens(spans, find_subject(prompt, phrase))[-1]
@@ -302,7 +299,12 @@ def test_contrast_is_the_mean_difference(pipe: Any) -> None:
 
 def short(**settings: Any) -> LearningSettings:
     defaults: dict[str, Any] = {
-        "steps": 3, "micro_steps": 2, "scales": 2, "num_inference_steps": 3, "size": None, "image_size": 64,
+        "steps": 2,
+        "micro_steps": 2,
+        "scales": 2,
+        "num_inference_steps": 2,
+        "size": None,
+        "image_size": 64,
         "learning_rate": 0.02,
     }
     return LearningSettings(**(defaults | settings))

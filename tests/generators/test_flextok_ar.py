@@ -129,6 +129,21 @@ def test_empty_captions_guide() -> None:
         model.set_null_text(torch.zeros(1, 5))
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_bfloat16(text: bool) -> None:
+    model = build(text)
+    condition = condition_for(model)
+    ids = model.generate(condition, temperature=0.0).ids
+    expected = model(ids, condition).detach()
+    model.to(torch.bfloat16)
+    found = model(ids, condition).detach()
+    assert found.dtype == torch.float32
+    assert float((found - expected).abs().mean()) < 0.1 * float(expected.std())
+    assert model.generate(condition, guidance_scale=2.0, generator=seeds(0, 1, 2)).ids.shape == (3, 16)
+    branches = model.branch(condition, 2, num_tokens=4, generator=seeds(0, 1, 2), guidance_scale=2.0)
+    assert torch.isfinite(branches.log_probs).all()
+
+
 def test_the_authors_guidance_is_an_option() -> None:
     model = build()
     labels = torch.tensor([3, 5])

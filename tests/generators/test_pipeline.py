@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from vistok.errors import InvalidInputError
+from vistok.generators.flextok_ar import FlexTokAR
 from vistok.generators.llamagen import LlamaGen
 from vistok.generators.nar import NAR
 from vistok.generators.pipeline import GenerationPipeline
 from vistok.generators.text import TextEncoder
+from vistok.tokenizers.flextok import FlexTok
 from vistok.tokenizers.vq import VQModel
 from vistok.tokens import VisualTokens
 
@@ -215,3 +217,22 @@ def test_text_features_are_left_padded_and_do_not_depend_on_the_batch() -> None:
         encoder(["a red circle a blue circle"], num_tokens=5)
     with pytest.raises(InvalidInputError, match="list of texts"):
         encoder("a circle", num_tokens=5)
+
+
+def test_a_tokenizer_that_decodes_by_sampling_draws_from_the_image_s_generator() -> None:
+    torch.manual_seed(0)
+    tokenizer = FlexTok.tiny()
+    writer = FlexTokAR.tiny(vocab_size=tokenizer.codebook_size, num_tokens=tokenizer.num_registers)
+    pipe = GenerationPipeline(writer, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    together = pipe(class_labels=[1, 1], generator=seeds(1, 2), output_type="pt").images
+    alone = pipe(class_labels=1, generator=seeds(2), output_type="pt").images
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    tokens = pipe(class_labels=1, generator=seeds(2), output_type="latent").images
+    state = torch.get_rng_state()
+    first, second = (np.asarray(pipe.preview(tokens)[0]) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(InvalidInputError, match="codebook of 64, but FlexTok has"):
+        GenerationPipeline(FlexTokAR.tiny(), tokenizer)

@@ -6,7 +6,7 @@ import pytest
 
 from vistok.errors import InvalidInputError
 from vistok.metrics.flops import SHAPES, counted_flops, profile, tower_flops
-from vistok.pruners import FastV, FoPru, PyramidDrop, SparseVLM, TransPrune, UniformPooling, VFlowOpt
+from vistok.pruners import FastV, FoPru, PyramidDrop, SparseVLM, TransPrune, UniformPooling, VFlowOpt, VisionZip
 from vistok.pruners.cost import DecoderShape, kv_bytes, prefill_flops
 
 
@@ -53,8 +53,9 @@ def test_formula_equals_torchs_counter() -> None:
 
 def test_plans_stack_and_refuse() -> None:
     stacked = FoPru(0.5) + FastV(0.5, layer=2)
-    assert stacked.plan(4, 100) == [50, 50, 50, 50], "FastV counts from the image's first tokens"
-    assert (FoPru(0.5) + FastV(0.2, layer=2)).plan(4, 100) == [50, 50, 20, 20]
+    assert stacked.plan(4, 100) == [50, 50, 25, 25], "shares count from what entered the decoder"
+    visionzip = VisionZip(258, 30) + TransPrune("high")
+    assert visionzip.plan(32, 576)[-1] == 36, "the paper's stack: 288 tokens in, 36 at the end"
     assert SparseVLM(64).plan(32, 576)[3] == 66 + int((int(0.3 * 510) + 1) / 10) + 1
     assert "TFLOPs" in str(profile("llava-v1.5-13b", stacked, visual=576, text=60))
     with pytest.raises(InvalidInputError, match="depends on the picture"):

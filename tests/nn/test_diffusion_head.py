@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from vistok.nn.diffusion_head import DiffusionHead, timestep_features
+from vistok.nn import diffusion_head
+from vistok.nn.diffusion_head import DiffusionHead, modulated_steps, timestep_features
 
 
 def head() -> DiffusionHead:
@@ -39,14 +41,33 @@ def test_what_the_sampler_computes_is_the_network() -> None:
     made = head()
     x, condition = torch.randn(4, 3), torch.randn(8, 8)
     draw = made.sampler("5")
-    time = draw.times[2]
     timesteps = torch.full((8,), draw.steps[2].timestep)
-    activated = torch.nn.functional.silu(made.net.cond_embed(condition) + time)
-    eps, logits = made.net.guided(x, activated, 1.7)
+    modulations = list(modulated_steps(made.net.modulations, made.net.cond_embed(condition), draw.times))
+    assert len(modulations) == 5
+    eps, logits = made.net.guided(x, modulations[2], 1.7)
     output = made.net(torch.cat([x, x]), timesteps, condition)
     with_condition, without = output[:, :3].chunk(2)
     torch.testing.assert_close(eps, without + 1.7 * (with_condition - without))
     torch.testing.assert_close(logits, output[:4, 3:])
+
+
+@pytest.mark.parametrize("size", [0, 500, 2**26])
+def test_modulations_do_not_depend_on_how_many_are_made_at_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion_head, "MODULATION_BYTES", size)
+    net, condition = head().net, torch.randn(2, 16)
+    draw = head().sampler("7")
+    calls: list[int] = []
+
+    def counted(embedded: torch.Tensor) -> list[torch.Tensor]:
+        calls.append(len(embedded))
+        return net.modulations(embedded)
+
+    made = list(modulated_steps(counted, condition, draw.times))
+    assert sum(calls) == len(made) == 7
+    assert calls[:2] == {0: [1, 1], 500: [1, 1], 2**26: [1, 6]}[size]
+    for ours, time in zip(made, draw.times):
+        for layer, expected in zip(ours, net.modulations(condition + time)):
+            torch.testing.assert_close(layer, expected)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ PATH is a golden file (`*.safetensors`), a manifest (`manifest_*.json[.gz]`) or 
 Adapters live in `tests/parity/adapters/`: a module declares `SYSTEM`, `CASES` (case name -> function that takes a
 `Golden` and returns our outputs under the file's names) and `MANIFESTS` (name prefix -> function of the name and of
 `{official key: (shape, dtype)}` and raises if our published-size model expects anything else). The longest prefix wins.
-`FILES` (file name prefix -> function that takes the path and raises on any difference) claims recordings of other kinds:
+`FILES` (file name prefix -> function that takes the path and raises on any difference) claims other recordings:
 JSON tables, manifests of another layout, the authors' own files. It is asked first.
 An adapter whose kernels add in another order than the authors' names those cases in `REORDERED`; they are compared at
 `REORDERED_TOLERANCE`, or at the file's own tolerance where that is wider.

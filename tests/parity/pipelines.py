@@ -75,8 +75,10 @@ def scheduler(config: Mapping[str, Any]) -> Any:
 
 
 def _tokenizer_file(folder: Path, name: str) -> dict[str, Any]:
-    places = [folder / name, *(REPOSITORY / "tests" / "golden" / system / name
-                               for system in ("attribute_directions", "leakage"))]
+    places = [
+        folder / name,
+        *(REPOSITORY / "tests" / "golden" / system / name for system in ("attribute_directions", "leakage")),
+    ]
     for place in places:
         if place.is_file():
             return json.loads(place.read_text(encoding="utf-8"))
@@ -121,14 +123,26 @@ def unet_pipeline(config: Mapping[str, Any], weights: Mapping[str, Tensor], fold
     if "text_encoder_2" in config:
         second = clip_encoder(config["text_encoder_2"], part(weights, "text_encoder_2"), projection=True)
         pipe = diffusers.StableDiffusionXLPipeline(
-            vae=tiny_vae(), text_encoder=encoder, text_encoder_2=second, tokenizer=tokens,
-            tokenizer_2=clip_tokenizer(folder, pad_token="!"), unet=network, scheduler=steps,
-            force_zeros_for_empty_prompt=True, add_watermarker=False,
+            vae=tiny_vae(),
+            text_encoder=encoder,
+            text_encoder_2=second,
+            tokenizer=tokens,
+            tokenizer_2=clip_tokenizer(folder, pad_token="!"),
+            unet=network,
+            scheduler=steps,
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
         )
     else:
         pipe = diffusers.StableDiffusionPipeline(
-            vae=tiny_vae(), text_encoder=encoder, tokenizer=tokens, unet=network, scheduler=steps,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            vae=tiny_vae(),
+            text_encoder=encoder,
+            tokenizer=tokens,
+            unet=network,
+            scheduler=steps,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe

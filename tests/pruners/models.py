@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
 
 IMAGE, VIDEO, START, END = 59, 58, 57, 56
 TEXT = {
@@ -77,7 +77,7 @@ def build(family: str, seed: int = 0, **text: Any) -> Any:
             image_grid_pinpoints=PINPOINTS,
         )
         model = transformers.LlavaOnevisionForConditionalGeneration(config)
-    elif family in ("qwen2_5_vl", "qwen3_vl"):
+    elif family.startswith("qwen"):
         vision: dict[str, Any] = {
             "depth": 3,
             "hidden_size": 32,
@@ -97,7 +97,13 @@ def build(family: str, seed: int = 0, **text: Any) -> Any:
             "tie_word_embeddings": False,
         }
         rope = {**ROPE, "mrope_section": [2, 1, 1]}
-        if family == "qwen2_5_vl":
+        if family == "qwen2_vl":
+            vision |= {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": text["hidden_size"]}
+            config = transformers.Qwen2VLConfig(
+                text_config={**text, "rope_parameters": rope}, vision_config=vision, **tokens
+            )
+            model = transformers.Qwen2VLForConditionalGeneration(config)
+        elif family == "qwen2_5_vl":
             vision |= {"window_size": 16, "fullatt_block_indexes": [1, 2]}
             config = transformers.Qwen2_5_VLConfig(
                 text_config={**text, "rope_parameters": rope}, vision_config=vision, **tokens
@@ -167,7 +173,7 @@ def image_of(family: str, seed: int, size: tuple[int, int] = (24, 50)) -> tuple[
     if family in ("llava_next", "llava_onevision"):
         # Both sizes are best fitted by a base view and two tiles; the model itself says how many tokens that makes.
         return {"pixel_values": noise(1, 3, 3, 28, 28), "image_sizes": torch.tensor([list(size)])}, -1
-    if family in ("qwen2_5_vl", "qwen3_vl"):
+    if family.startswith("qwen"):
         grid = [1, 8, 6] if size[0] <= size[1] else [1, 4, 6]
         return {
             "pixel_values": noise(grid[1] * grid[2], 3 * 2 * 4 * 4),

@@ -21,8 +21,11 @@ from vistok.pruners import (
     Pruner,
     PyramidDrop,
     RandomPruner,
+    Scorer,
     Settings,
     SparseVLM,
+    Stage,
+    TopK,
     TransPrune,
     UniformPooling,
     VFlowOpt,
@@ -79,7 +82,7 @@ def close(one: Tensor, two: Tensor) -> bool:
 COMBINATIONS = [(family, method) for family in ("llava", "llava_next", "qwen3_vl") for method in METHODS]
 COMBINATIONS += [
     (family, method)
-    for family in ("llava_onevision", "qwen2_5_vl", "internvl", "smolvlm")
+    for family in ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl", "smolvlm")
     for method in ("vflowopt", "visionzip", "sparsevlm", "pooling")
 ]
 
@@ -174,6 +177,32 @@ def test_a_second_turn_goes_on_from_the_pruned_cache(family: str, method: str) -
     assert pruner.last_report.unpruned == [inputs["input_ids"].shape[1]], "the second turn pruned again"
 
 
+class Norms(Scorer):
+    """A scorer that any place can use."""
+
+    def score(self, context: Any) -> list[Tensor]:
+        return [context.features(span).norm(dim=-1) for span in context.spans]
+
+
+@pytest.mark.parametrize("positions", ["renumber", "keep"])
+@pytest.mark.parametrize("layer", [None, 2])
+def test_an_image_in_a_later_turn_is_pruned_as_in_one_prompt(positions: Any, layer: int | None) -> None:
+    model = build("llava")
+    place = "embeddings" if layer is None else "decoder"
+    pruner = Pruner([Stage(place, TopK(lambda now, first: 5), Norms(), layer=layer, positions=positions)])
+    first, second = prompt(model, "llava", 1), prompt(model, "llava", 2)
+    with pruner.attached(model):
+        one = greedy(model, first)
+        ids = torch.cat([one.sequences, second["input_ids"]], dim=1)
+        images = {"pixel_values": torch.cat([first["pixel_values"], second["pixel_values"]])}
+        mask = torch.ones_like(ids)
+        together = steps(greedy(model, {"input_ids": ids, "attention_mask": mask, **images}))
+        again = {"input_ids": ids, "attention_mask": mask, "pixel_values": second["pixel_values"]}
+        later = greedy(model, again, cache=one.cache)
+    assert close(steps(later), together)
+    assert len({layer.get_seq_length() for layer in later.cache.layers[2:]}) == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_images_share_a_prompt(family: str) -> None:
     model = build(family)
@@ -262,6 +291,34 @@ def test_video_frames_are_views_of_one_visual() -> None:
     (visual,) = pruner.last_report.stages[0].visuals
     assert visual.tokens == 8
     assert [int((visual.kept // 4 == frame).sum()) for frame in range(2)] == [2, 2], "each frame is a view"
+
+
+def test_a_cache_that_the_model_makes_itself_remembers() -> None:
+    model = build("llava")
+    inputs = prompt(model, "llava")
+    with FoPru(0.4).attached(model):
+        first = model(**inputs)
+        token = first.logits[:, -1:].argmax(dim=-1)
+        by_hand = model(input_ids=token, cache=first.cache).logits
+        generated = steps(greedy(model, inputs, steps=2))
+    assert close(by_hand[:, -1], generated[:, 1])
+
+
+def test_the_report_keeps_no_pixels_alive() -> None:
+    import gc
+    import weakref
+
+    for family in ("llava", "llava_next", "internvl"):
+        model = build(family)
+        pruner = FoPru(0.4)
+        inputs = prompt(model, family)
+        pixels = weakref.ref(inputs["pixel_values"])
+        with pruner.attached(model):
+            greedy(model, inputs, steps=2)
+        del inputs
+        gc.collect()
+        assert pruner.last_report is not None
+        assert pixels() is None, family
 
 
 def test_loss_follows_the_kept_tokens_and_trains() -> None:
@@ -357,12 +414,6 @@ def test_unknown_models_hear_what_is_supported() -> None:
 
 
 def test_a_method_of_ones_own_is_short() -> None:
-    from vistok.pruners import Scorer, Stage, TopK
-
-    class Norms(Scorer):
-        def score(self, context: Any) -> list[Tensor]:
-            return [context.features(span).norm(dim=-1) for span in context.spans]
-
     model = build("qwen3_vl")
     inputs = prompt(model, "qwen3_vl")
     pruner = Pruner([Stage("embeddings", TopK(lambda now, first: first // 3), Norms(), name="norms")])

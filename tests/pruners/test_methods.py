@@ -67,6 +67,9 @@ def test_schedules() -> None:
     high = SCHEDULES["high"]
     assert high.average_kept(32) == pytest.approx((7 + 2 * 0.875 + 3 * 0.625 + 20 * 0.125) / 32)
     assert high.scaled(40).prune == (9, 11, 15)
+    assert Schedule.for_budget(0.3, 32).average_kept(32) == pytest.approx(0.3)
+    with pytest.raises(InvalidInputError, match="average share lies in"):
+        Schedule.for_budget(0.1, 32)
     with pytest.raises(InvalidInputError, match="too shallow"):
         high.scaled(4)
 

@@ -38,7 +38,20 @@ def test_received_attention_equals_the_plain_way() -> None:
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(benchmark.SIZES, "lab", {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4})
     monkeypatch.setattr(benchmark, "TOWER", {**benchmark.TOWER, "hidden_size": 32, "intermediate_size": 48})
-    arguments = ["--size", "lab", "--layers", "16", "--side", "8", "--repeats", "1", "--dtype", "float32"]
+    arguments = [
+        "--size",
+        "lab",
+        "--layers",
+        "14",
+        "--side",
+        "6",
+        "--repeats",
+        "1",
+        "--ratios",
+        "0.25",
+        "--dtype",
+        "float32",
+    ]
     benchmark.main([*arguments, "--output", str(tmp_path / "pruners")])
     saved = json.loads((tmp_path / "pruners.json").read_text())
     rows = {row["name"]: row for row in saved["rows"]}

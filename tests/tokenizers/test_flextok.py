@@ -118,6 +118,21 @@ def test_modulations_are_computed_once_and_follow_the_weights(model: FlexTok) ->
     assert torch.equal(fresh.decode(tokens, noise=noise, **STEPS), changed)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(model: FlexTok, autocast: bool) -> None:
+    tokens, noise = model.encode(images()), model.draw_noise(2, generator=seeds(0)[0])
+    expected = model.decode_latents(list(model.denoise(tokens, noise=noise, **STEPS))[-1])
+    if not autocast:
+        model.encoder.to(torch.bfloat16)
+        model.decoder.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert model.encode(images(), 4).ids.shape == (2, 4)
+        found = model.decode(tokens, noise=noise, **STEPS)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert float((found - expected).abs().mean()) < 0.1 * float(expected.std())
+
+
 def test_prefixes_share_their_noise(model: FlexTok) -> None:
     tokens = model.encode(images())
     lengths = [1, 4, 16]
@@ -456,6 +471,10 @@ def test_unknown_modules_are_named_and_not_run() -> None:
     bad = tree("subprocess.Popen")
     with pytest.raises(InvalidInputError, match=r"subprocess\.Popen.*nothing was imported"):
         FlexTok.config_from_official(bad)
+    extra = tree()
+    extra["decoder"]["module_dict"]["dec_log"] = {"_target_": "os.system", "read_key": "x"}
+    with pytest.warns(UserWarning, match=r"dec_log is a os\.system"):
+        assert FlexTok.config_from_official(extra) == FlexTok.config_from_official(tree())
     bad = tree()
     bad["vae"]["_target_"] = "os.system"
     with pytest.raises(InvalidInputError, match=r"os\.system"):

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableUnCLIPImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
 from tokenizers import Tokenizer
@@ -34,6 +41,7 @@ from vistok.tokenizers.seed import (
     STAGES,
     ImageLanguageModel,
     ImageVocabulary,
+    PromptDecoder,
     UnCLIPDecoder,
     extend_language_model,
 )
@@ -183,7 +191,10 @@ def test_the_codebook_stage_learns_and_the_frozen_part_has_no_dropout() -> None:
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.state_dict()[key], value) for key, value in frozen.items())
     assert not model.qformer.training
+    model.requires_grad_(True).train()  # the target has no dropout even where nobody froze anything
+    assert model.qformer.training
     first, second = (model.training_loss(batch) for _ in range(2))
+    assert model.qformer.training
     assert torch.equal(first["loss"], second["loss"])
     total = first["codebook"] + first["reconstruction"] + first["embedding"]
     torch.testing.assert_close(first["loss"], total)
@@ -315,6 +326,50 @@ def test_each_picture_has_its_own_generator() -> None:
         torch.testing.assert_close(one[0], both[number], rtol=1e-4, atol=1e-4)
     away = model.decode(tokens, negative=tokens[0], generator=seeds(7, 8), **settings)
     assert not torch.allclose(away, both)
+
+
+def test_text_like_embeddings_take_the_place_of_a_prompt() -> None:
+    parts = tiny_pipeline()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=2,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=None,
+        unet=unet.eval(),
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.tokenizer = Words()
+    pipeline.set_progress_bar_config(disable=True)
+    model = random_seed_model(head="text", embedding_size=12, num_reverse_tokens=5)
+    model.decoder = PromptDecoder(pipeline)
+    tokens = VisualTokens(ids=torch.randint(0, 64, (2, 8)))
+    seeds = [torch.Generator().manual_seed(number) for number in (1, 2)]
+    images = model.decode(tokens, generator=seeds, num_inference_steps=2)
+    assert images.shape == (2, 3, 16, 16)
+    assert float(images.abs().max()) <= 1
+    with torch.no_grad():
+        embeds = model.decode_embeddings(tokens.ids[:1])
+    seed = torch.Generator().manual_seed(1)
+    direct = pipeline(
+        prompt_embeds=embeds, negative_prompt=[""], generator=seed, num_inference_steps=2, output_type="pt"
+    )
+    torch.testing.assert_close(images[:1], direct.images * 2 - 1, rtol=1e-3, atol=1e-3)
+    away = model.decode(tokens[0], negative=tokens[1], generator=seeds[:1], num_inference_steps=2)
+    assert away.shape == (1, 3, 16, 16)
+    with pytest.raises(InvalidInputError, match="painted by UnCLIPDecoder"):
+        PromptDecoder(pipeline)(torch.zeros(1, 12))
 
 
 def test_settings_that_cannot_be_painted() -> None:

@@ -262,7 +262,7 @@ def test_broken_weights_do_not_pass_for_tokens(model: VQModel) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"base_channels": 48}, "multiple of 32"),
+        ({"base_channels": 48}, r"multiple of norm_groups \(32\); got 48"),
         ({"attention": "everywhere"}, "bottleneck"),
         ({"decoder_channel_multipliers": (1, 1)}, "same number of levels"),
     ],

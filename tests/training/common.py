@@ -17,6 +17,14 @@ VQ = {
     "revive_dead_codes": True,
     "attention": "middle",
 }
+KL = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 8],
+    "norm_num_groups": 4,
+    "latent_channels": 2,
+    "sample_size": 16,
+}
 LLAMAGEN = {
     "vocab_size": 64,
     "hidden_size": 16,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.training.common import generator_values, vq_values
+from tests.training.common import KL, generator_values, vq_values
 from vistok.errors import InvalidInputError
 from vistok.tokenizers.kl import KLModel
 from vistok.training.export import export
@@ -123,15 +123,7 @@ def test_pivots_of_a_codebook_are_refused():
 
 
 def test_an_exported_kl_tokenizer_has_unit_latents(tmp_path):
-    config = {
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "block_out_channels": [8, 8],
-        "norm_num_groups": 4,
-        "latent_channels": 2,
-        "sample_size": 16,
-    }
-    recipe = parse_recipe(vq_values(name="tiny-kl", model={"system": "kl", "config": config}, steps=2))
+    recipe = parse_recipe(vq_values(name="tiny-kl", model={"system": "kl", "config": KL}, steps=2))
     Trainer(recipe, tmp_path / "run", **CPU).fit()
     folder = export(tmp_path / "run", None, tmp_path / "assets")
     scale = json.loads((folder / "config.json").read_text())["scaling_factor"]

@@ -70,7 +70,7 @@ def test_captions_need_a_text_encoder_and_classes_one_object():
         parse_recipe(generator_values(data={**data, "condition": "caption"}))
     with pytest.raises(InvalidInputError, match="one object"):
         parse_recipe(generator_values(data={**data, "condition": "class", "objects": [1, 2]}))
-    with pytest.raises(InvalidInputError, match="belongs to the system vq"):
+    with pytest.raises(InvalidInputError, match="belongs to the systems vq and kl; this recipe trains llamagen"):
         parse_recipe(generator_values(discriminator={}))
 
 

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 from vistok.cli.train import train
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
+from vistok.training.adversarial import AdversarialObjective, make_loss
 from vistok.training.checkpoint import latest_checkpoint, load_checkpoint
 from vistok.training.logs import read_metrics
 from vistok.training.recipe import ScheduleRecipe, save_recipe
 from vistok.training.trainer import Trainer, build_model, load_matching, lr_factor
 
-from .common import LLAMAGEN, VQ, generator_recipe, vq_recipe
+from .common import KL, LLAMAGEN, VQ, generator_recipe, vq_recipe
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -121,12 +122,16 @@ trainer.fit()
     assert [line["loss"] for line in resumed] == [line["loss"] for line in straight]
 
 
-def test_a_tokenizer_against_a_discriminator_resumes_bit_for_bit(tmp_path, monkeypatch):
-    """Two optimisers, revived codes, running statistics, accumulation, and a validation in between."""
+@pytest.mark.parametrize(
+    ("system", "config", "bottleneck"),
+    [("vq", {**VQ, "usage_window": 64}, "codebook"), ("kl", {**KL, "sample_size": 32}, "kl")],
+)
+def test_a_tokenizer_against_a_discriminator_resumes_bit_for_bit(system, config, bottleneck, tmp_path, monkeypatch):
+    """Two optimisers, revived codes or a sampled posterior, running statistics, accumulation."""
     recipe = vq_recipe(
         discriminator={"start_step": 2, "adaptive_weight": True},
         gradient_accumulation=2,
-        model={"system": "vq", "config": {**VQ, "usage_window": 64}},
+        model={"system": system, "config": config},
         data={"source": "shapes-images", "image_size": 32, "scenes": 4},
         steps=5,
     )
@@ -142,6 +147,23 @@ def test_a_tokenizer_against_a_discriminator_resumes_bit_for_bit(tmp_path, monke
     assert lines[0]["discriminator_loss"] == 0.0
     assert lines[-1]["discriminator_loss"] > 0.0
     assert lines[-1]["adaptive_weight"] > 0.0
+    assert all(line[bottleneck] > 0.0 for line in lines)
+    assert ("usage" in lines[0]) == (system == "vq")
+
+
+def test_the_objective_against_a_discriminator_is_the_models_own_before_it_starts():
+    """Same error of the pixels, same loss of the bottleneck as `training_loss`."""
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    for system, config in (("vq", VQ), ("kl", {**KL, "kl_weight": 0.1})):
+        recipe = vq_recipe(discriminator={"start_step": 9}, model={"system": system, "config": config})
+        model, twin = build_model(recipe), build_model(recipe)  # a pass moves codes
+        objective = AdversarialObjective(twin, make_loss(system, recipe.discriminator))
+        torch.manual_seed(0)
+        alone = model.training_loss({"images": images})
+        torch.manual_seed(0)
+        together = objective({"images": images, "step": 0})
+        torch.testing.assert_close(together["loss"], alone["loss"])
+        torch.testing.assert_close(together["reconstruction"], alone["reconstruction"])
 
 
 def test_pictures_and_validation_change_nothing(tmp_path):

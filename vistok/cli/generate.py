@@ -23,6 +23,9 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
     top_k: Annotated[int | None, typer.Option(help="[default: the checkpoint's own]")] = None,
     top_p: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Model steps, where they can be chosen [default: the checkpoint's own]")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
     guidance_interval: Annotated[
@@ -82,6 +85,7 @@ def generate(
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
+                    num_inference_steps=num_inference_steps,
                     height=height,
                     width=width,
                     generator=part,

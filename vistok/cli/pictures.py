@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 
 def grid_of(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures of one size side by side, row by row, on white."""
+    """Pictures side by side, row by row, on white; smaller ones (previews of pivots) are enlarged to the largest."""
     from PIL import Image
 
     columns = columns or max(1, round(len(images) ** 0.5))
-    width, height = images[0].size
+    width, height = max(image.size for image in images)
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, image in enumerate(images):
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(image, ((index % columns) * (width + gap), (index // columns) * (height + gap)))
     return sheet
 
@@ -54,6 +56,8 @@ def load_tokenizer(name: str) -> Any:
     network = load(name)
     if not (hasattr(network, "encode") and hasattr(network, "decode")):
         raise InvalidInputError(f"{name} is a {type(network).__name__}, not a tokenizer; use --model vq-shapes")
+    if network.config.get("num_frames", 1) > 1:
+        raise InvalidInputError(f"{name} codes videos, this command pictures; in Python: vistok.load({name!r}).encode")
     return network
 
 

@@ -1,7 +1,7 @@
 """Controllers steer a diffusers text-to-image pipeline that somebody else built; they attach through `vistok.attach`.
 
-`attribute_directions` turns attributes of a subject up and down, `leakage` keeps the meaning of words apart, `tenor` and
-`scop` put objects where the prompt says. Imported on first use.
+`attribute_directions` turns attributes of a subject up and down, `leakage` keeps the meaning of words apart, `tenor`
+and `scop` put objects where the prompt says. Imported on first use.
 """
 
 from __future__ import annotations

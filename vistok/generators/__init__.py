@@ -8,6 +8,7 @@ from typing import Any
 _EXPORTS = {
     "LlamaGen": "llamagen",
     "NAR": "nar",
+    "NARVideo": "nar_video",
     "XAR": "xar",
     "MAR": "mar",
     "HiMAR": "himar",

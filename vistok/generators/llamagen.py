@@ -63,6 +63,7 @@ def _published() -> dict[str, Published]:
                 num_tokens=(pixels // 16) ** 2,
                 preprocessing="centre crop, ten-crop codes, [-1, 1]",
                 tokenizer="vq16.imagenet",
+                sampling={"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0},
                 parameters=PARAMETERS[size],
                 **shared,
             )
@@ -86,6 +87,7 @@ def _published() -> dict[str, Published]:
             preprocessing="centre crop, [-1, 1]",
             tokenizer="vq16.t2i",
             text_encoder="google/flan-t5-xl",
+            sampling={"guidance_scale": 7.5, "temperature": 1.0, "top_k": 1000, "top_p": 1.0},
             parameters=777_678_080,
             **shared,
         )

@@ -10,9 +10,7 @@ Letters: B images, T condition tokens, N image tokens, L = T + N positions, S to
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vistok.errors import InvalidInputError
-from vistok.nn import sampling
 from vistok.nn.cache import KVCache
-from vistok.nn.llama import ConditionalLlama, SamplingRun, token_loss
+from vistok.nn.llama import ConditionalLlama, token_loss
 from vistok.nn.norms import RMSNorm
-from vistok.nn.sampling import Generators, Step, TokenChecks
+from vistok.nn.proximity import ProximityOrder, grow, grows_from_corner, mixed_features, proximity_mask
+from vistok.nn.sampling import Generators, Step
 from vistok.nn.text import TextCondition
 from vistok.registry import Published
 from vistok.tokens import VisualTokens
@@ -70,6 +68,7 @@ def _published() -> dict[str, Published]:
             num_tokens=256,
             preprocessing="centre crop, ten-crop codes, [-1, 1]",
             tokenizer="vq16.imagenet",
+            sampling={"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0},
             parameters=PARAMETERS[size],
             **shared,
         )
@@ -92,68 +91,35 @@ def _published() -> dict[str, Published]:
             preprocessing="centre crop, [-1, 1]",
             tokenizer="vq16.t2i",
             text_encoder="google/flan-t5-xl",
+            sampling={"guidance_scale": 7.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
             parameters=818_969_600,
             **shared,
         )
     return entries
 
 
-@dataclass(frozen=True)
-class Diagonals:
-    """The decoding order of a grid: diagonal by diagonal, rows ascending inside each. Get one from `diagonals_of`.
+class Diagonals(ProximityOrder):
+    """The decoding order of an image: diagonal by diagonal, rows ascending inside each. Get one from `diagonals_of`."""
 
-    Attributes:
-        order: int64 [N], raster position of each decoding position.
-        starts: decoding position at which each diagonal starts, and N at the end.
-        left, above: int64 [N], for each decoding position the decoding position of its left and of its upper neighbour;
-            -1 (the last condition position) where there is none.
-        left_weight, above_weight: float [N, 1], share of the horizontal and of the vertical head.
-        number: int64 [N], diagonal of each decoding position.
-    """
+    @property
+    def left(self) -> Tensor:
+        """int64 [N], for each decoding position that of its left neighbour; -1 where there is none."""
+        return self.neighbours[0]
 
-    order: Tensor
-    starts: tuple[int, ...]
-    left: Tensor
-    above: Tensor
-    left_weight: Tensor
-    above_weight: Tensor
-    number: Tensor
+    @property
+    def above(self) -> Tensor:
+        """int64 [N], for each decoding position that of its upper neighbour; -1 where there is none."""
+        return self.neighbours[1]
 
-    @classmethod
-    def build(cls, grid: tuple[int, int], device: torch.device) -> Diagonals:
-        """The order of a (rows, cols) grid."""
-        rows, cols = grid
-        row = torch.arange(rows, device="cpu").repeat_interleave(cols)
-        col = torch.arange(cols, device="cpu").repeat(rows)
-        order = torch.argsort((row + col) * rows + row)
-        row, col = row[order], col[order]
-        place = torch.argsort(order).view(rows, cols)
-        left = torch.where(col > 0, place[row, (col - 1).clamp_min(0)], -1)
-        above = torch.where(row > 0, place[(row - 1).clamp_min(0), col], -1)
-        # The first token is the mean of both heads at the condition; on the borders one head speaks alone.
-        both = (col > 0) == (row > 0)
-        left_weight = torch.where(both, 0.5, (col > 0).float())[:, None]
-        above_weight = torch.where(both, 0.5, (row > 0).float())[:, None]
-        number = row + col
-        starts = [int((number < diagonal).sum()) for diagonal in range(rows + cols)]
-        return cls(
-            order.to(device),
-            tuple(starts),
-            left.to(device),
-            above.to(device),
-            left_weight.to(device),
-            above_weight.to(device),
-            number.to(device),
-        )
+    @property
+    def left_weight(self) -> Tensor:
+        """float [N, 1], share of the horizontal head."""
+        return self.shares[0]
 
-    def mask(self, num_condition_tokens: int = 0) -> Tensor:
-        """Proximity-aware causal mask in decoding order, bool [L, L]: True where a query may see a key.
-
-        Image tokens see the whole condition and every diagonal up to their own; condition tokens are causal.
-        """
-        condition = torch.arange(-num_condition_tokens, 0, device=self.number.device)
-        rank = torch.cat([condition, self.number])
-        return rank[:, None] >= rank
+    @property
+    def above_weight(self) -> Tensor:
+        """float [N, 1], share of the vertical head."""
+        return self.shares[1]
 
 
 @lru_cache(maxsize=16)
@@ -161,13 +127,6 @@ def diagonals_of(grid: tuple[int, int], device: torch.device) -> Diagonals:
     """The decoding order of a (rows, cols) grid; the last few are kept."""
     with torch.inference_mode(False):  # what is made while sampling must serve training, too
         return Diagonals.build(grid, device)
-
-
-@lru_cache(maxsize=16)
-def proximity_mask(grid: tuple[int, int], num_condition_tokens: int, device: torch.device) -> Tensor:
-    """`Diagonals.mask` of a grid; the last few are kept."""
-    with torch.inference_mode(False):
-        return diagonals_of(grid, device).mask(num_condition_tokens)
 
 
 class NAR(ConditionalLlama):
@@ -349,11 +308,9 @@ class NAR(ConditionalLlama):
             mask = (mask & visible[:, None]) | torch.eye(len(mask), dtype=torch.bool, device=ids.device)
             mask = mask[:, None]
         horizontal, vertical = self.hidden_states(x, rotation, mask, False, None)
-        # Mixing the inputs of the heads equals mixing their logits: one product, over the rows that are needed.
-        left = horizontal.index_select(1, diagonals.left + total) * diagonals.left_weight.to(x.dtype)
-        above = vertical.index_select(1, diagonals.above + total) * diagonals.above_weight.to(x.dtype)
+        features = mixed_features((horizontal, vertical), diagonals, 0, ids.shape[1], total)
         weight = torch.cat([self.output.weight, self.vertical_output.weight], dim=1)
-        return functional.linear(torch.cat([left, above], dim=-1), weight).float()
+        return functional.linear(features, weight).float()
 
     def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean cross-entropy of the mixed logits (section 3; one loss, not one a head).
@@ -420,61 +377,12 @@ class NAR(ConditionalLlama):
             top_p=top_p,
             generator=generator,
         )
-        cells = known.view(grid)
-        if bool((cells[1:] & ~cells[:-1]).any()) or bool((cells[:, 1:] & ~cells[:, :-1]).any()):
+        if not grows_from_corner(known, grid):
             raise InvalidInputError(
                 "NAR grows from the top left corner: the known tokens of a prefix must contain the left and the upper "
                 "neighbour of each of their cells"
             )
+        rotation = self.rotation_table(grid)[self.num_condition_tokens :]
         choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        return self._grow(condition, ids, known, grid, guidance_scale, guidance_interval, choice)
-
-    @torch.no_grad()
-    def _grow(
-        self,
-        condition: Tensor | TextCondition,
-        ids: Tensor,
-        known: Tensor,
-        grid: tuple[int, int],
-        guidance_scale: float,
-        guidance_interval: int | None,
-        choice: Mapping[str, Any],
-    ) -> Iterator[Step]:
-        if bool(known.all()):
-            return
-        (batch, size), device = ids.shape, ids.device
-        diagonals, on_host = diagonals_of(grid, device), diagonals_of(grid, known.device)
-        starts, last = diagonals.starts, len(diagonals.starts) - 2
-        # From the first diagonal with an unknown token on, every diagonal has one.
-        first = int(on_host.number[~known[on_host.order]].min())
-        run = SamplingRun(self, condition, size, guidance_scale)
-        checks = TokenChecks(device)
-        rotation = self.rotation_table(grid)[self.num_condition_tokens :][diagonals.order]
-        head = torch.cat([self.output.weight, self.vertical_output.weight], dim=1).float()
-        ends = size if guidance_interval is None else guidance_interval + 1  # no guidance for a start from here on
-        if first:
-            stop = starts[first]
-            if stop >= ends:
-                run.end_guidance()
-            run.feed(ids[:, diagonals.order[:stop]], rotation[:stop], diagonals.mask()[:stop, :stop])
-            run.hidden = tuple(state[:, starts[first - 1] :] for state in run.hidden)
-        decided = known.to(device)
-        for diagonal, (start, stop) in enumerate(pairwise(starts[first:]), first):
-            # The neighbours lie in the diagonal before, which is all that the hidden states hold (or the condition).
-            offset = starts[diagonal - 1] if diagonal else -1
-            left = (diagonals.left[start:stop] - offset).clamp_min(0)
-            above = (diagonals.above[start:stop] - offset).clamp_min(0)
-            horizontal = run.guide(run.hidden[0]).index_select(1, left) * diagonals.left_weight[start:stop]
-            vertical = run.guide(run.hidden[1]).index_select(1, above) * diagonals.above_weight[start:stop]
-            logits = functional.linear(torch.cat([horizontal, vertical], dim=-1), head)
-            chosen = checks(sampling.choose_tokens(logits, **choice), last=diagonal == last)
-            places, on_host_places = diagonals.order[start:stop], on_host.order[start:stop]
-            chosen = torch.where(decided[places], ids[:, places], chosen)
-            ids[:, places] = chosen
-            decided = decided.index_fill(0, places, True)
-            tokens = VisualTokens(ids=ids.clone(), grid=grid, mask=decided.repeat(batch, 1))
-            yield Step(diagonal - first, last + 1 - first, tokens, on_host_places[~known[on_host_places]])
-            if diagonal < last:
-                if stop >= ends:
-                    run.end_guidance()
-                run.feed(chosen, rotation[start:stop])
+        heads = (self.output, self.vertical_output)
+        return grow(self, heads, condition, ids, known, grid, rotation, guidance_scale, guidance_interval, choice)

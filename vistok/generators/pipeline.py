@@ -329,11 +329,15 @@ class GenerationPipeline(DiffusionPipeline):
             if bar is not None:
                 bar.close()
 
-    def decode_tokens(self, tokens: VisualTokens) -> Tensor:
+    def decode_tokens(self, tokens: VisualTokens, generator: Generators = None) -> Tensor:
         """Tokens to images, float [B, 3, H, W], about [-1, 1].
 
         Undecided tokens (mask False) take the value of the nearest decided one, so that they disturb their neighbours
         less than an arbitrary one would.
+
+        Args:
+            tokens: of B images.
+            generator: draws of a tokenizer that decodes by sampling (FlexTok): one, or one an image.
         """
         _run_hook(self.tokenizer)
         grid, mask = tokens.grid, tokens.mask
@@ -345,11 +349,14 @@ class GenerationPipeline(DiffusionPipeline):
             chosen = held.select(nearest)
             held = VisualTokens(chosen.ids, chosen.features, grid)
         with torch.no_grad():
-            return self.tokenizer.decode(held.to(self.tokenizer.device))
+            return self.tokenizer.decode(held.to(self.tokenizer.device), generator=generator)
 
     def preview(self, tokens: VisualTokens) -> list[Image.Image]:
-        """PIL images of unfinished tokens; places without a token are grey."""
-        images = self.decode_tokens(tokens)
+        """PIL images of unfinished tokens; places without a token are grey.
+
+        A tokenizer that decodes by sampling (FlexTok) starts every preview of an image from the same noise.
+        """
+        images = self.decode_tokens(tokens, [torch.Generator().manual_seed(0) for _ in range(len(tokens))])
         if tokens.mask is not None and tokens.grid is not None:
             known = tokens.mask.view(-1, 1, *tokens.grid).to(images.device)
             cell = [pixels // cells for pixels, cells in zip(images.shape[-2:], tokens.grid, strict=True)]
@@ -480,7 +487,7 @@ class GenerationPipeline(DiffusionPipeline):
         if output_type == "pil" and tokens.mask is not None:
             images = self.preview(tokens)
         elif output_type != "latent":
-            images = self.tokenizer.postprocess(self.decode_tokens(tokens), output_type)
+            images = self.tokenizer.postprocess(self.decode_tokens(tokens, generator), output_type)
         self.maybe_free_model_hooks()
         return GenerationOutput(images=images, tokens=tokens) if return_dict else (images, tokens)
 
@@ -488,6 +495,11 @@ class GenerationPipeline(DiffusionPipeline):
 def _check_parts(generator: Any, tokenizer: Any, image_size: int | None) -> None:
     """Raise InvalidInputError if the tokenizer cannot be the one that the generator writes for."""
     writer, reader = type(generator).__name__, type(tokenizer).__name__
+    if len(generator.grid) != 2:
+        raise InvalidInputError(
+            f"this pipeline makes pictures, but {writer} writes videos of {'x'.join(map(str, generator.grid))} tokens; "
+            "for videos: tokenizer.postprocess(tokenizer.decode(generator.generate(class_labels)))"
+        )
     continuous, decodes = hasattr(generator, "token_size"), hasattr(tokenizer, "token_size")
     if continuous != decodes:
         kinds = ("continuous tokens", "ids of a codebook")
@@ -497,7 +509,7 @@ def _check_parts(generator: Any, tokenizer: Any, image_size: int | None) -> None
         )
     if continuous:
         _check_continuous(generator, tokenizer)
-    wanted, held = (None, None) if continuous else (generator.config.vocab_size, tokenizer.config.codebook_size)
+    wanted, held = (None, None) if continuous else (generator.config.vocab_size, tokenizer.codebook_size)
     if wanted != held:
         raise InvalidInputError(
             f"{writer} writes tokens of a codebook of {wanted}, but {reader} has {held} codes; load the tokenizer that "

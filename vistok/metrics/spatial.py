@@ -8,6 +8,7 @@ from pictures to `Detection`s.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -133,8 +134,11 @@ class VisorScore:
         }
 
     def __str__(self) -> str:
-        lines = [f"OA           {self.object_accuracy}", f"VISOR uncond {self.unconditional}",
-                 f"VISOR cond   {self.conditional}"]
+        lines = [
+            f"OA           {self.object_accuracy}",
+            f"VISOR uncond {self.unconditional}",
+            f"VISOR cond   {self.conditional}",
+        ]
         return "\n".join(lines + [f"VISOR_{n}      {score}" for n, score in enumerate(self.at_least, start=1)])
 
 
@@ -195,8 +199,8 @@ def compbench_spatial(
 ) -> float:
     """A score in the manner of T2I-CompBench's 2-D spatial one (Huang et al., arXiv 2307.06350), in [0, 1].
 
-    Half of it asks for the objects (a quarter of the mean certainty each), half for the relation, which counts where the
-    centres are further apart along the asked axis than along the other; the relation's half falls with their overlap
+    Half of it asks for the objects (a quarter of the mean certainty each), half for the relation, which counts where
+    the centres are further apart along the asked axis than along the other; that half falls with their overlap
     beyond a threshold. With another detector than the benchmark's, figures compare models, not papers.
 
     Args:
@@ -319,9 +323,7 @@ def attribute_response(
     if len(subject) != len(scales) or (others is not None and len(others) != len(scales)):
         raise InvalidInputError(f"{len(scales)} scales need as many lists of values")
     order = sorted(range(len(scales)), key=lambda index: scales[index])
-    pairs = [
-        (scales[index], value) for index in order for value in subject[index] if not math.isnan(value)
-    ]
+    pairs = [(scales[index], value) for index in order for value in subject[index] if not math.isnan(value)]
     if len(pairs) < 3:
         raise InvalidInputError(f"a rank correlation needs at least three measured values, got {len(pairs)}")
     table = torch.tensor(pairs, dtype=torch.float64)
@@ -331,12 +333,17 @@ def attribute_response(
     spearman = float((first * second).sum()) / size if size > 0 else 0.0
     means = [_mean(subject[index]) for index in order]
     other_means = [_mean(others[index]) if others is not None else math.nan for index in order]
-    rising = [later > earlier for earlier, later in zip(means, means[1:], strict=False)]
+    rising = [later > earlier for earlier, later in itertools.pairwise(means)]
     change, spilled = means[-1] - means[0], other_means[-1] - other_means[0]
     spill = abs(spilled) / abs(change) if change and not math.isnan(change) else math.nan
     return AttributeResponse(
-        tuple(scales[index] for index in order), tuple(means), tuple(other_means), spearman,
-        sum(rising) / len(rising), spill, len(pairs),
+        tuple(scales[index] for index in order),
+        tuple(means),
+        tuple(other_means),
+        spearman,
+        sum(rising) / len(rising),
+        spill,
+        len(pairs),
     )
 
 

@@ -1,7 +1,7 @@
 """The denoiser of any diffusers text-to-image pipeline behind one face: predict, clean estimate, sampler step.
 
-Letters: R rows, N text positions, D text width, P pooled width, L latent shape (C, H, W), or (tokens, channels) for FLUX,
-S sampler steps.
+Letters: R rows, N text positions, D text width, P pooled width, L latent shape (C, H, W), or (tokens, channels) in
+FLUX, S sampler steps.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class Denoiser:
         InvalidInputError: for a pipeline of another family.
     """
 
-    def __init__(
-        self, pipe: Any, num_inference_steps: int, *, guidance: float = 3.5, size: int | None = None
-    ) -> None:
+    def __init__(self, pipe: Any, num_inference_steps: int, *, guidance: float = 3.5, size: int | None = None) -> None:
         parts = getattr(pipe, "components", {})
         network = parts.get("unet") if parts.get("unet") is not None else parts.get("transformer")
         name = type(network).__name__
@@ -47,9 +45,7 @@ class Denoiser:
             "FluxTransformer2DModel": "flux",
         }
         if name not in known:
-            raise InvalidInputError(
-                f"{type(pipe).__name__} denoises with a {name}; expected {', '.join(known)}"
-            )
+            raise InvalidInputError(f"{type(pipe).__name__} denoises with a {name}; expected {', '.join(known)}")
         self.family = known[name]
         self.network: Any = network
         self.pipe = pipe
@@ -142,7 +138,10 @@ class Denoiser:
         pooled = pooled.to(latents.dtype)
         if self.family == "sd3":
             return self.network(
-                hidden_states=latents, timestep=timestep, encoder_hidden_states=embeds, pooled_projections=pooled,
+                hidden_states=latents,
+                timestep=timestep,
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
                 return_dict=False,
             )[0]
         across = round(latents.shape[1] ** 0.5)
@@ -190,9 +189,7 @@ class Denoiser:
             return output
         raise InvalidInputError(f"unknown prediction type {kind!r} of the scheduler")
 
-    def clean_estimate(
-        self, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor | None
-    ) -> Tensor:
+    def clean_estimate(self, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor | None) -> Tensor:
         """`clean` of `predict` at the declared size."""
         return self.clean(self.predict(latents, timestep, embeds, pooled, size=self.size), latents, timestep)
 

@@ -8,6 +8,7 @@ W width, S diffusion steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,17 @@ from vistok.nn import diffusion
 from vistok.nn.diffusion import ancestral_step, cosine_process
 from vistok.nn.sampling import Generators
 
-__all__ = ["DiffusionHead", "DiffusionHeadSampler", "TimestepEmbedding", "modulate", "timestep_features"]
+__all__ = [
+    "DiffusionHead",
+    "DiffusionHeadSampler",
+    "TimestepEmbedding",
+    "modulate",
+    "modulated_steps",
+    "timestep_features",
+]
 
 FREQUENCIES = 256
+MODULATION_BYTES = 2**26
 NORM_EPS = 1e-6
 
 
@@ -62,9 +71,9 @@ class ResidualBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """x and SiLU(condition), both [N, W]."""
-        shift, scale, gate = self.adaLN_modulation[1](activated).chunk(3, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [N, W] and what `adaLN_modulation[1]` makes of SiLU(condition), [N, 3 W]."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
 
 
@@ -76,14 +85,14 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def modulated(self, x: Tensor, activated: Tensor) -> Tensor:
+    def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Input of the linear layer."""
-        shift, scale = self.adaLN_modulation[1](activated).chunk(2, dim=-1)
+        shift, scale = modulation.chunk(2, dim=-1)
         return modulate(functional.layer_norm(x, (x.shape[-1],), eps=NORM_EPS), shift, scale)
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """x and SiLU(condition), both [..., W], to [..., size]."""
-        return self.linear(self.modulated(x, activated))
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [..., W] and what `adaLN_modulation[1]` makes of SiLU(condition), [..., 2 W], to [..., size]."""
+        return self.linear(self.modulated(x, modulation))
 
 
 class MLPDenoiser(nn.Module):
@@ -99,31 +108,58 @@ class MLPDenoiser(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Noisy tokens [N, C], timesteps int64 [N] and conditions [N, D] to [N, 2 C]: eps, then variance logits."""
-        activated = functional.silu(self.time_embed(timesteps) + self.cond_embed(condition))
+        *modulations, last = self.modulations(self.time_embed(timesteps) + self.cond_embed(condition))
         x = self.input_proj(x)
-        for block in self.res_blocks:
-            x = block(x, activated)
-        return self.final_layer(x, activated)
+        for block, modulation in zip(self.res_blocks, modulations, strict=True):
+            x = block(x, modulation)
+        return self.final_layer(x, last)
 
-    def guided(self, x: Tensor, activated: Tensor, guidance_scale: float | None) -> tuple[Tensor, Tensor]:
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """What the layers make of embedded conditions [..., W]: [..., 3 W] a block and [..., 2 W] at the end."""
+        activated = functional.silu(condition)
+        return [layer.adaLN_modulation[1](activated) for layer in (*self.res_blocks, self.final_layer)]
+
+    def guided(self, x: Tensor, modulations: Sequence[Tensor], guidance_scale: float | None) -> tuple[Tensor, Tensor]:
         """(eps, variance logits), each [N, C], of states [N, C].
 
-        With guidance, `activated` holds the conditional rows and then as many unconditional ones. Both see the same
-        states, eps is guided and the variance is the conditional one, so the unconditional half of it is not computed.
+        With guidance, the modulations are those of the conditional rows and then of as many unconditional ones. Both
+        see the same states, eps is guided and the variance is the conditional one, so the unconditional half of it is
+        not computed.
         """
         size, rows = x.shape[-1], len(x)
         x = self.input_proj(x)
         if guidance_scale is not None:
             x = torch.cat([x, x])
-        for block in self.res_blocks:
-            x = block(x, activated)
-        x = self.final_layer.modulated(x, activated)
+        for block, modulation in zip(self.res_blocks, modulations):
+            x = block(x, modulation)
+        x = self.final_layer.modulated(x, modulations[-1])
         linear = self.final_layer.linear
         eps, logits = linear(x[:rows]).split(size, dim=-1)
         if guidance_scale is not None:
             without = functional.linear(x[rows:], linear.weight[:size], linear.bias[:size])
             eps = torch.lerp(without.float(), eps.float(), guidance_scale)
         return eps, logits
+
+
+def modulated_steps(
+    modulations: Callable[[Tensor], list[Tensor]], embedded: Tensor, times: Tensor
+) -> Iterator[list[Tensor]]:
+    """The modulations of each diffusion step in turn, computed for as many steps at once as `MODULATION_BYTES` hold.
+
+    Args:
+        modulations: of embedded conditions [..., W].
+        embedded: conditions [..., W] without their timestep.
+        times: embedded timesteps [S, W].
+    """
+    start, count = 0, 1  # the first step shows how much one takes
+    while start < len(times):
+        chosen = times[start : start + count].view(-1, *[1] * (embedded.ndim - 1), times.shape[1])
+        made = modulations(embedded + chosen)
+        for place in range(len(made[0])):
+            yield [layer[place] for layer in made]
+        start += len(made[0])
+        taken = sum(layer[0].numel() * layer.element_size() for layer in made)
+        count = max(1, MODULATION_BYTES // taken)
 
 
 class DiffusionHead(nn.Module):
@@ -180,7 +216,9 @@ class DiffusionHeadSampler:
     """Draws tokens by ancestral sampling.
 
     What does not change is computed once: the embedding of every timestep for the sampler's life, that of the
-    condition for a call. The state stays float32 and holds the conditional half only; no step asks the device.
+    condition for a call. Nor does a layer's modulation depend on the state: it is computed for many steps in one
+    product, which reads the largest weights once rather than in every step. The state stays float32 and holds the
+    conditional half only; no step asks the device.
 
     Args:
         head: the head.
@@ -216,9 +254,9 @@ class DiffusionHeadSampler:
         shape = (num_images, rows // num_images, self.token_size)
         embedded = self.net.cond_embed(condition)
         x = diffusion.gaussian_noise(shape, generator, condition.device).flatten(0, 1)
-        for step, time in zip(self.steps, self.times):
-            activated = functional.silu(embedded + time)
-            eps, logits = self.net.guided(x.to(embedded.dtype), activated, guidance_scale)
+        ahead = modulated_steps(self.net.modulations, embedded, self.times)
+        for step, modulations in zip(self.steps, ahead):
+            eps, logits = self.net.guided(x.to(embedded.dtype), modulations, guidance_scale)
             noise = None
             if step.number and temperature:
                 noise = diffusion.gaussian_noise(shape, generator, condition.device).flatten(0, 1)

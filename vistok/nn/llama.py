@@ -1,4 +1,4 @@
-"""The Llama-like network that LlamaGen and NAR share: conditions, token embedding, blocks, official files.
+"""The Llama-like network of LlamaGen and NAR: conditions, token embedding, blocks; for pictures also grid and files.
 
 Source: Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv 2406.06525),
 section 2. Letters: B images, R rows of a sampling batch (2 B with guidance), T condition tokens, N image tokens,
@@ -7,7 +7,7 @@ L = T + N positions, S tokens fed at once, D channels, V entries of the codebook
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vistok.nn.text import TextCondition
 from vistok.nn.transformer import TransformerBlock, feed_forward_size
 from vistok.tokens import VisualTokens
 
-__all__ = ["CaptionEmbedding", "ClassEmbedding", "ConditionalLlama", "check_grid", "token_loss"]
+__all__ = ["CaptionEmbedding", "ClassEmbedding", "ConditionalLlama", "LlamaNetwork", "check_grid", "token_loss"]
 
 OFFICIAL_DEFAULTS: dict[str, Any] = {
     "dim": 4096,
@@ -118,13 +118,13 @@ class CaptionEmbedding(nn.Module):
         return self.cap_proj(features)
 
 
-class ConditionalLlama(VistokModel):
-    """Base of LlamaGen and NAR. The constructor's arguments are documented there."""
+class LlamaNetwork(VistokModel):
+    """Blocks, embeddings and first head, whatever the tokens are laid out as."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock"]  # noqa: RUF012 - the name and type that accelerate reads
 
-    def _build(
+    def _build_network(
         self,
         *,
         vocab_size: int,
@@ -134,13 +134,11 @@ class ConditionalLlama(VistokModel):
         num_kv_heads: int | None,
         multiple_of: int,
         ffn_dim_multiplier: float | None,
-        rope_theta: float,
         norm_eps: float,
         num_classes: int | None,
         caption_dim: int | None,
         num_condition_tokens: int,
         condition_dropout: float,
-        grid: Sequence[int],
         token_dropout: float,
         residual_dropout: float,
         ffn_dropout: float,
@@ -148,22 +146,12 @@ class ConditionalLlama(VistokModel):
         drop_path: float,
     ) -> None:
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if hidden_size % num_heads or (hidden_size // num_heads) % 4:
-            raise InvalidInputError(
-                f"hidden_size {hidden_size} over num_heads {num_heads} must give a head width divisible by 4 "
-                "(2-D rotary positions)"
-            )
+        if hidden_size % num_heads:
+            raise InvalidInputError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}")
         if num_heads % kv_heads:
             raise InvalidInputError(f"num_heads {num_heads} must be a multiple of num_kv_heads {kv_heads}")
-        if (num_classes is None) == (caption_dim is None):
-            raise InvalidInputError(
-                f"give num_classes for a class-conditional model or caption_dim for a text-conditional one, not "
-                f"{'neither' if num_classes is None else 'both'}"
-            )
-        self.grid = check_grid(grid)
         self.head_dim = hidden_size // num_heads
         self.num_kv_heads = kv_heads
-        self.rope_theta = float(rope_theta)
         self.vocab_size = vocab_size
         self.num_classes = num_classes
         self.num_condition_tokens = num_condition_tokens
@@ -172,8 +160,7 @@ class ConditionalLlama(VistokModel):
         self.cls_embedding: ClassEmbedding | CaptionEmbedding
         if caption_dim is not None:
             self.cls_embedding = CaptionEmbedding(caption_dim, hidden_size, num_condition_tokens)
-        else:
-            assert num_classes is not None
+        elif num_classes is not None:
             if num_condition_tokens != 1:
                 raise InvalidInputError(
                     f"a class is one condition token; got num_condition_tokens={num_condition_tokens}"
@@ -220,38 +207,9 @@ class ConditionalLlama(VistokModel):
         heads = [m for m in self.modules() if isinstance(m, nn.Linear) and m.out_features == self.vocab_size]
         for module in (self.tok_embeddings, *heads):
             projection = torch.randn(codes.shape[1], module.weight.shape[1]) / codes.shape[1] ** 0.5
-            module.weight.copy_(0.02 * centred @ projection)
+            module.weight[: len(codes)] = 0.02 * centred @ projection  # a separator may follow the codes
         # A little noise keeps codes apart that the projection maps to one point.
         self.tok_embeddings.weight.add_(torch.randn_like(self.tok_embeddings.weight), alpha=0.005)
-
-    # ------------------------------------------------------------------------------------------------ official files
-    @classmethod
-    def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """From the authors' `ModelArgs`; our own arguments pass unchanged."""
-        if not config.keys() & OFFICIAL_ONLY:
-            return dict(config)
-        given = {**OFFICIAL_DEFAULTS, **config}
-        arguments = {ours: given.pop(theirs) for theirs, ours in OFFICIAL_NAMES.items()}
-        side = round(given["block_size"] ** 0.5)
-        if side * side != given["block_size"]:
-            raise InvalidInputError(f"block_size must be a perfect square (a square grid); got {given['block_size']}")
-        text = given.pop("model_type") == "t2i"
-        arguments["grid"] = (side, side)
-        arguments["num_classes"] = None if text else given["num_classes"]
-        arguments["caption_dim"] = given["caption_dim"] if text else None
-        for key in ("block_size", "num_classes", "caption_dim"):
-            given.pop(key)
-        arguments.update({key: value for key, value in given.items() if key not in OFFICIAL_IGNORED})
-        return arguments
-
-    @classmethod
-    def unwrap_official(cls, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Flat (FSDP) files, or under "model", "module" or "state_dict"; old files also hold the rotary table."""
-        for key in ("model", "module", "state_dict"):
-            if isinstance(state.get(key), Mapping):
-                state = state[key]
-                break
-        return {key: value for key, value in state.items() if key != "freqs_cis"}
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names, which `from_official` reads back."""
@@ -269,23 +227,8 @@ class ConditionalLlama(VistokModel):
             return None
         return sampling.uniform((batch,), generator, self.device) < self.condition_dropout
 
-    def rotation_table(self, grid: tuple[int, int]) -> Tensor:
-        """Rotary factors complex64 [T + N, C / 2] of a grid in raster order; the last grid's are kept."""
-        key = (grid, self.device)
-        if getattr(self, "_rotation_key", None) != key:
-            with torch.inference_mode(False):  # a table made while sampling must serve training, too
-                self._rotation = grid_rotation(
-                    grid,
-                    self.head_dim,
-                    self.rope_theta,
-                    num_condition_tokens=self.num_condition_tokens,
-                    device=self.device,
-                )
-            self._rotation_key = key
-        return self._rotation
-
     def run_blocks(
-        self, x: Tensor, layers: Sequence[nn.Module], rotation: Tensor, mask: Tensor | None, is_causal: bool
+        self, x: Tensor, layers: Sequence[nn.Module], rotation: Tensor | None, mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Blocks without a cache, with gradient checkpointing where it is switched on."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -295,25 +238,6 @@ class ConditionalLlama(VistokModel):
             else:
                 x = layer(x, rotation, mask, is_causal)
         return x
-
-    def batch_condition(self, batch: Mapping[str, Any]) -> tuple[Tensor | TextCondition, Tensor]:
-        """(condition, ids) of a training batch.
-
-        Raises:
-            InvalidInputError: if a part is missing, or the ids do not fill the grid.
-        """
-        for key in ("ids", "text_features" if self.is_text_conditional else "labels"):
-            if key not in batch:
-                given = ", ".join(sorted(batch)) or "none"
-                raise InvalidInputError(f"this {type(self).__name__} trains on batches with {key!r}; got {given}")
-        ids = batch["ids"]
-        if ids.ndim != 2 or ids.shape[1] != self.grid[0] * self.grid[1]:
-            raise InvalidInputError(
-                f"ids must be [B, {self.grid[0] * self.grid[1]}] for the grid {self.grid}; got {list(ids.shape)}"
-            )
-        if self.is_text_conditional:
-            return TextCondition(batch["text_features"], batch.get("text_mask")), ids
-        return batch["labels"], ids
 
     # ------------------------------------------------------------------------------------------------------ sampling
     def check_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
@@ -350,6 +274,173 @@ class ConditionalLlama(VistokModel):
             raise InvalidInputError(f"class labels must lie in 0..{self.num_classes - 1}; got {low}..{high}")
         return condition.to(self.device)
 
+    def check_request(
+        self, condition: Tensor | TextCondition, guidance_scale: float, **settings: Any
+    ) -> Tensor | TextCondition:
+        """The condition on the model's device, after every check of `sample` that does not concern the layout.
+
+        Raises:
+            InvalidInputError: an argument out of range, or a model in training mode.
+        """
+        if self.training:
+            raise InvalidInputError(
+                f"this {type(self).__name__} is in training mode, where dropout spoils the samples: call eval() first"
+            )
+        condition = self.check_condition(condition)
+        sampling.check_sampling(guidance_scale, batch=len(condition), **settings)
+        if guidance_scale > 1.0 and self.num_classes is not None and self.condition_dropout == 0.0:
+            raise InvalidInputError(
+                "this model was trained without condition dropout and has no null class; use guidance_scale=1"
+            )
+        return condition
+
+    def known_cells(self, prefix: VisualTokens) -> Tensor:
+        """bool [N] on the CPU, the cells of a prefix that are known: those of its mask, or all.
+
+        Raises:
+            InvalidInputError: if they differ between samples, or hold ids outside the vocabulary.
+        """
+        assert prefix.ids is not None
+        given = torch.ones(prefix.num_tokens, dtype=torch.bool)
+        if prefix.mask is not None:
+            given = prefix.mask[0].cpu()
+            if not bool((prefix.mask.cpu() == given).all()):
+                raise InvalidInputError(
+                    "the known tokens of a prefix must be the same cells in every sample of the batch"
+                )
+        chosen = prefix.ids.cpu()[:, given]
+        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.vocab_size:
+            raise InvalidInputError(
+                f"prefix ids must lie in 0..{self.vocab_size - 1}; got {int(chosen.min())}..{int(chosen.max())}"
+            )
+        return given
+
+    def condition_positions(self, length: int) -> Tensor:
+        """What `hidden_states` takes for the last `length` condition positions; the generators' bases define it."""
+        raise InvalidInputError(f"{type(self).__name__} defines no positions")
+
+    def hidden_states(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None
+    ) -> tuple[Tensor, ...]:
+        """Normed input [B, L, D] of each output head, at positions [L, ...]; the generators define it."""
+        raise InvalidInputError(f"{type(self).__name__} defines no heads")
+
+    def sample(self, *args: Any, **settings: Any) -> Iterator[Step]:
+        """Write images step by step; the generators define it."""
+        raise InvalidInputError(f"{type(self).__name__} defines no decoding order")
+
+    def generate(self, condition: Tensor | TextCondition, **settings: Any) -> VisualTokens:
+        """All tokens at once: the last step of `sample`, which documents the settings."""
+        tokens = settings.get("prefix")  # nothing is left to write if it is complete
+        for step in self.sample(condition, **settings):
+            tokens = step.tokens
+        assert tokens is not None
+        return VisualTokens(ids=tokens.ids, grid=tokens.grid)
+
+
+class ConditionalLlama(LlamaNetwork):
+    """Base of LlamaGen and NAR, which document its arguments: pictures from a class or a caption."""
+
+    def _build(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_classes: int | None,
+        caption_dim: int | None,
+        rope_theta: float,
+        grid: Sequence[int],
+        **arguments: Any,
+    ) -> None:
+        if hidden_size % num_heads or (hidden_size // num_heads) % 4:
+            raise InvalidInputError(
+                f"hidden_size {hidden_size} over num_heads {num_heads} must give a head width divisible by 4 "
+                "(2-D rotary positions)"
+            )
+        if (num_classes is None) == (caption_dim is None):
+            raise InvalidInputError(
+                f"give num_classes for a class-conditional model or caption_dim for a text-conditional one, not "
+                f"{'neither' if num_classes is None else 'both'}"
+            )
+        self.grid = check_grid(grid)
+        self.rope_theta = float(rope_theta)
+        self._build_network(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            caption_dim=caption_dim,
+            **arguments,
+        )
+
+    # ------------------------------------------------------------------------------------------------ official files
+    @classmethod
+    def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """From the authors' `ModelArgs`; our own arguments pass unchanged."""
+        if not config.keys() & OFFICIAL_ONLY:
+            return dict(config)
+        given = {**OFFICIAL_DEFAULTS, **config}
+        arguments = {ours: given.pop(theirs) for theirs, ours in OFFICIAL_NAMES.items()}
+        side = round(given["block_size"] ** 0.5)
+        if side * side != given["block_size"]:
+            raise InvalidInputError(f"block_size must be a perfect square (a square grid); got {given['block_size']}")
+        text = given.pop("model_type") == "t2i"
+        arguments["grid"] = (side, side)
+        arguments["num_classes"] = None if text else given["num_classes"]
+        arguments["caption_dim"] = given["caption_dim"] if text else None
+        for key in ("block_size", "num_classes", "caption_dim"):
+            given.pop(key)
+        arguments.update({key: value for key, value in given.items() if key not in OFFICIAL_IGNORED})
+        return arguments
+
+    @classmethod
+    def unwrap_official(cls, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Flat (FSDP) files, or under "model", "module" or "state_dict"; old files also hold the rotary table."""
+        for key in ("model", "module", "state_dict"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+        return {key: value for key, value in state.items() if key != "freqs_cis"}
+
+    # ------------------------------------------------------------------------------------------------------ training
+    def rotation_table(self, grid: tuple[int, int]) -> Tensor:
+        """Rotary factors complex64 [T + N, C / 2] of a grid in raster order; the last grid's are kept."""
+        key = (grid, self.device)
+        if getattr(self, "_rotation_key", None) != key:
+            with torch.inference_mode(False):  # a table made while sampling must serve training, too
+                self._rotation = grid_rotation(
+                    grid,
+                    self.head_dim,
+                    self.rope_theta,
+                    num_condition_tokens=self.num_condition_tokens,
+                    device=self.device,
+                )
+            self._rotation_key = key
+        return self._rotation
+
+    def condition_positions(self, length: int) -> Tensor:
+        """Zero rotary factors complex64 [length, C / 2]: condition positions have no place on the grid."""
+        return torch.zeros(length, self.head_dim // 2, dtype=torch.complex64, device=self.device)
+
+    def batch_condition(self, batch: Mapping[str, Any]) -> tuple[Tensor | TextCondition, Tensor]:
+        """(condition, ids) of a training batch.
+
+        Raises:
+            InvalidInputError: if a part is missing, or the ids do not fill the grid.
+        """
+        for key in ("ids", "text_features" if self.is_text_conditional else "labels"):
+            if key not in batch:
+                given = ", ".join(sorted(batch)) or "none"
+                raise InvalidInputError(f"this {type(self).__name__} trains on batches with {key!r}; got {given}")
+        ids = batch["ids"]
+        if ids.ndim != 2 or ids.shape[1] != self.grid[0] * self.grid[1]:
+            raise InvalidInputError(
+                f"ids must be [B, {self.grid[0] * self.grid[1]}] for the grid {self.grid}; got {list(ids.shape)}"
+            )
+        if self.is_text_conditional:
+            return TextCondition(batch["text_features"], batch.get("text_mask")), ids
+        return batch["labels"], ids
+
+    # ------------------------------------------------------------------------------------------------------ sampling
     def check_sampling(
         self,
         condition: Tensor | TextCondition,
@@ -366,16 +457,7 @@ class ConditionalLlama(VistokModel):
         Raises:
             InvalidInputError: an argument out of range, or a model in training mode.
         """
-        if self.training:
-            raise InvalidInputError(
-                f"this {type(self).__name__} is in training mode, where dropout spoils the samples: call eval() first"
-            )
-        condition = self.check_condition(condition)
-        sampling.check_sampling(guidance_scale, batch=len(condition), **settings)
-        if guidance_scale > 1.0 and not self.is_text_conditional and self.condition_dropout == 0.0:
-            raise InvalidInputError(
-                "this model was trained without condition dropout and has no null class; use guidance_scale=1"
-            )
+        condition = self.check_request(condition, guidance_scale, **settings)
         grid = self.grid if grid is None else check_grid(grid)
         return condition, grid, *self.known_tokens(prefix, len(condition), grid)
 
@@ -409,40 +491,11 @@ class ConditionalLlama(VistokModel):
             raise InvalidInputError(
                 f"the prefix covers {high}x{wide} tokens, which is more than the grid {rows}x{cols}"
             )
-        given = torch.ones(high * wide, dtype=torch.bool)
-        if prefix.mask is not None:
-            given = prefix.mask[0].cpu()
-            if not bool((prefix.mask.cpu() == given).all()):
-                raise InvalidInputError(
-                    "the known tokens of a prefix must be the same cells in every image of the batch"
-                )
-        chosen = prefix.ids.cpu()[:, given]
-        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.vocab_size:
-            raise InvalidInputError(
-                f"prefix ids must lie in 0..{self.vocab_size - 1}; got {int(chosen.min())}..{int(chosen.max())}"
-            )
+        given = self.known_cells(prefix)
         known[:high, :wide] = given.view(high, wide)
         held = torch.where(given.to(self.device), prefix.ids.to(self.device), 0)
         ids[:, :high, :wide] = held.view(batch, high, wide)
         return ids.flatten(1), known.flatten()
-
-    def hidden_states(
-        self, x: Tensor, rotation: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None
-    ) -> tuple[Tensor, ...]:
-        """Normed input [B, L, D] of each output head; the generators define it."""
-        raise InvalidInputError(f"{type(self).__name__} defines no heads")
-
-    def sample(self, *args: Any, **settings: Any) -> Iterator[Step]:
-        """Write images step by step; the generators define it."""
-        raise InvalidInputError(f"{type(self).__name__} defines no decoding order")
-
-    def generate(self, condition: Tensor | TextCondition, **settings: Any) -> VisualTokens:
-        """All tokens at once: the last step of `sample`, which documents the settings."""
-        tokens = settings.get("prefix")  # nothing is left to write if it is complete
-        for step in self.sample(condition, **settings):
-            tokens = step.tokens
-        assert tokens is not None
-        return VisualTokens(ids=tokens.ids, grid=tokens.grid)
 
 
 class SamplingRun:
@@ -454,7 +507,7 @@ class SamplingRun:
 
     Args:
         model: the generator.
-        condition: checked condition of B images.
+        condition: checked condition of B images (labels [B], a caption, or tokens [B, T]).
         slots: image tokens that the cache shall hold.
         guidance_scale: up to 1 is no guidance.
 
@@ -463,19 +516,23 @@ class SamplingRun:
     """
 
     def __init__(
-        self, model: ConditionalLlama, condition: Tensor | TextCondition, slots: int, guidance_scale: float
+        self, model: LlamaNetwork, condition: Tensor | TextCondition, slots: int, guidance_scale: float
     ) -> None:
         self.model, self.batch = model, len(condition)
         self.guidance_scale, self.guided = guidance_scale, guidance_scale > 1.0
-        embed = self._embed_captions if isinstance(condition, TextCondition) else self._embed_classes
+        embed: Callable[[Any], tuple[Tensor, Tensor | None, Tensor]] = self._embed_classes
+        if isinstance(condition, TextCondition):
+            embed = self._embed_captions
+        elif condition.ndim == 2:
+            embed = self._embed_tokens
         x, valid, rows = embed(condition)
         length = x.shape[1]
         mask = None if valid is None else caption_mask(valid)
         self.cache = KVCache(
             len(model.layers), len(x), model.num_kv_heads, length, model.head_dim, dtype=x.dtype, device=x.device
         )
-        rotation = torch.zeros(length, model.head_dim // 2, dtype=torch.complex64, device=x.device)
-        hidden = model.hidden_states(x, rotation, mask, mask is None and length > 1, self.cache)
+        positions = model.condition_positions(length)
+        hidden = model.hidden_states(x, positions, mask, mask is None and length > 1, self.cache)
         self.hidden = tuple(state[:, -1:].index_select(0, rows) for state in hidden)
         self.cache.select_rows(rows)
         self.cache.reserve(slots)
@@ -491,6 +548,10 @@ class SamplingRun:
             rows = torch.cat([rows, torch.full_like(rows, len(labels))])
             labels = torch.cat([labels, labels.new_tensor([self.model.num_classes])])
         return self.model.cls_embedding(labels, None), None, rows
+
+    def _embed_tokens(self, ids: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Tokens int64 [B, T] that serve as the condition: rows [B, T, D], and which of them each row is."""
+        return self.model.tok_embeddings(ids), None, torch.arange(len(ids), device=ids.device)
 
     def _embed_captions(self, text: TextCondition) -> tuple[Tensor, Tensor | None, Tensor]:
         """Distinct rows [U, T', D], their valid tokens bool [U, T'] (None if all are), and int64 [R]."""
@@ -533,12 +594,12 @@ class SamplingRun:
         cond, uncond = features.chunk(2)
         return torch.lerp(uncond, cond, self.guidance_scale)
 
-    def feed(self, ids: Tensor, rotation: Tensor, order: Tensor | None = None) -> None:
+    def feed(self, ids: Tensor, positions: Tensor, order: Tensor | None = None) -> None:
         """Run tokens [B, S]; all that was fed before is visible to them, and they to each other unless `order` says.
 
         Args:
             ids: codes.
-            rotation: complex [S, C / 2], their rotary factors.
+            positions: [S, ...], what the model's `hidden_states` takes for them.
             order: bool [S, S], which of them may see which.
         """
         x = self.model.tok_embeddings(ids)
@@ -549,7 +610,7 @@ class SamplingRun:
         if order is not None:
             order = torch.cat([order.new_ones(len(order), self.cache.length), order], dim=1)
             mask = order if mask is None else mask & order
-        self.hidden = self.model.hidden_states(x, rotation, mask, False, self.cache)
+        self.hidden = self.model.hidden_states(x, positions, mask, False, self.cache)
 
 
 def caption_mask(valid: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import InvalidInputError, InvalidOutputError
+from vistok.errors import InvalidInputError
 from vistok.nn import sampling
+from vistok.nn.conditions import check_labels, check_text
+from vistok.nn.continuous import FiniteCheck, known_values
 from vistok.nn.model import VistokModel
 from vistok.nn.sampling import Generators, Step
 from vistok.nn.text import TextCondition
@@ -352,35 +354,10 @@ class MaskedGenerator(VistokModel):
     def check_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
         """The condition on the model's device, or an InvalidInputError that says what was expected."""
         name = type(self).__name__
-        if self.is_text_conditional:
-            if not isinstance(condition, TextCondition):
-                raise InvalidInputError(
-                    f"this {name} is text-conditional: give a TextCondition (see TextEncoder), "
-                    f"not {type(condition).__name__}"
-                )
-            expected = (self.num_condition_tokens, self.caption_dim)
-            if tuple(condition.features.shape[1:]) != expected:
-                raise InvalidInputError(
-                    f"text features must be [B, {expected[0]}, {expected[1]}] for this model; "
-                    f"got {list(condition.features.shape)}: was another text encoder used?"
-                )
-            if not len(condition) or not bool(torch.isfinite(condition.features).all()):
-                raise InvalidInputError("text features must hold at least one caption and no NaN or infinity")
-            return condition.to(self.device)
-        if not isinstance(condition, Tensor) or condition.dtype != torch.int64 or condition.ndim != 1:
-            given = (
-                f"{condition.dtype} {list(condition.shape)}"
-                if isinstance(condition, Tensor)
-                else type(condition).__name__
-            )
-            raise InvalidInputError(f"this {name} is class-conditional: give class labels as int64 [B], not {given}")
+        if self.caption_dim is not None:
+            return check_text(condition, self.num_condition_tokens, self.caption_dim, name).to(self.device)
         assert self.num_classes is not None
-        if not len(condition):
-            raise InvalidInputError("no class labels were given; expected at least one")
-        low, high = int(condition.min()), int(condition.max())
-        if low < 0 or high >= self.num_classes:
-            raise InvalidInputError(f"class labels must lie in 0..{self.num_classes - 1}; got {low}..{high}")
-        return condition.to(self.device)
+        return check_labels(condition, self.num_classes, name).to(self.device)
 
     def batch_condition(self, batch: Mapping[str, Any]) -> Tensor | TextCondition:
         """The condition of a training batch: `labels`, or `text_features` with `text_mask`."""
@@ -495,47 +472,17 @@ class MaskedGenerator(VistokModel):
     def known_values(
         self, prefix: VisualTokens | None, batch: int, grid: tuple[int, int], channels: int
     ) -> tuple[Tensor, Tensor]:
-        """What an inpainting starts from.
+        """What an inpainting starts from (see `vistok.nn.continuous.known_values`).
 
-        Args:
-            prefix: tokens with features on the grid itself or on a smaller one, which is placed in the top left
-                corner; its mask is True at the known ones (without a mask, all are). Cells may differ between images,
-                their number may not.
-            batch: images to write.
-            grid: (rows, cols) to write.
-            channels: of a token.
-
-        Returns:
-            features float32 [B, N, C] on the model's device, 0 where unknown, and known bool [B, N] on the CPU.
+        Cells may differ between images, their number may not.
 
         Raises:
             InvalidInputError: if the prefix does not fit.
         """
-        rows, cols = grid
-        features = torch.zeros(batch, rows, cols, channels, device=self.device)
-        known = torch.zeros(batch, rows, cols, dtype=torch.bool)
-        if prefix is None:
-            return features.flatten(1, 2), known.flatten(1)
-        if prefix.features is None or prefix.grid is None or len(prefix) != batch:
-            raise InvalidInputError(
-                f"prefix must hold features of {batch} images with a grid; got {len(prefix)} images, features "
-                f"{'missing' if prefix.features is None else 'given'}, grid {prefix.grid}"
-            )
-        high, wide = prefix.grid
-        if high > rows or wide > cols or prefix.features.shape[2] != channels:
-            raise InvalidInputError(
-                f"the prefix has {high}x{wide} tokens of {prefix.features.shape[2]} channels; expected at most "
-                f"{rows}x{cols} tokens of {channels}"
-            )
-        given = torch.ones(prefix.shape, dtype=torch.bool) if prefix.mask is None else prefix.mask.cpu()
-        if len(set(given.sum(1).tolist())) > 1:
+        features, known = known_values(prefix, batch, grid, channels, self.device)
+        if len(set(known.sum(1).tolist())) > 1:
             raise InvalidInputError("every image of a batch must have the same number of known tokens")
-        values = torch.where(given[..., None].to(self.device), prefix.features.to(self.device).float(), 0.0)
-        if not bool(torch.isfinite(values).all()):
-            raise InvalidInputError("the prefix contains NaN or infinity")
-        known[:, :high, :wide] = given.view(batch, high, wide)
-        features[:, :high, :wide] = values.view(batch, high, wide, channels)
-        return features.flatten(1, 2), known.flatten(1)
+        return features, known
 
     def sample(self, *args: Any, **settings: Any) -> Iterator[Step]:
         """Write images step by step; the generators define it."""
@@ -648,9 +595,7 @@ class MaskedRun:
 
 
 class TokenValues:
-    """The tokens of a sampling run, and the check that they are numbers.
-
-    With CUDA that question is asked once, at the end, so that no step waits for the GPU.
+    """The tokens of a sampling run, which must be numbers.
 
     Args:
         features: float32 [B, N, C], what is known at the start.
@@ -660,7 +605,7 @@ class TokenValues:
 
     def __init__(self, features: Tensor, known: Tensor, grid: tuple[int, int]) -> None:
         self.features, self.known, self.grid = features, known.to(features.device), grid
-        self.damaged = torch.zeros((), dtype=torch.bool, device=features.device)
+        self.check = FiniteCheck(features.device)
 
     def write(self, values: Tensor, positions: Tensor, *, last: bool) -> VisualTokens:
         """Put values [B, n, C] at `positions` int64 [B, n]; all tokens so far.
@@ -668,12 +613,7 @@ class TokenValues:
         Raises:
             InvalidOutputError: at the first value that is no number; with CUDA after the last step.
         """
-        self.damaged |= ~torch.isfinite(values).all()
-        if (last or not values.is_cuda) and bool(self.damaged):
-            raise InvalidOutputError(
-                "the model produced NaN or infinite tokens; its weights are damaged or its floating point type is too "
-                "narrow: reload the checkpoint, or load it with dtype=torch.float32"
-            )
+        self.check(values, last=last)
         self.features = self.features.scatter(1, positions[..., None].expand_as(values), values)
         self.known = self.known.scatter(1, positions, True)
         return VisualTokens(features=self.features, grid=self.grid, mask=self.known)

@@ -88,6 +88,19 @@ class VistokModel(ModelMixin, ConfigMixin):
         return None
 
     @classmethod
+    def arguments_for(cls, config: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Our constructor arguments for a published name, or for the authors' arguments (or ours).
+
+        Raises:
+            UnknownNameError: no such published checkpoint.
+        """
+        if not isinstance(config, str):
+            return cls.config_from_official(config)
+        if config not in cls.published:
+            raise unknown_name(f"{cls.__name__} checkpoint", config, cls.published)
+        return dict(cls.published[config].config)
+
+    @classmethod
     def from_official(cls, source: str | os.PathLike[str] | Mapping[str, Any], config: str | Mapping[str, Any]) -> Any:
         """Build the model and load the authors' weights strictly.
 
@@ -104,12 +117,7 @@ class VistokModel(ModelMixin, ConfigMixin):
             CheckpointError: naming every missing, unexpected or misshapen key.
             UnknownNameError: if `config` names no published checkpoint.
         """
-        if isinstance(config, str):
-            if config not in cls.published:
-                raise unknown_name(f"{cls.__name__} checkpoint", config, cls.published)
-            arguments = dict(cls.published[config].config)
-        else:
-            arguments = cls.config_from_official(config)
+        arguments = cls.arguments_for(config)
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
         state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
         flat = cls.unwrap_official(state)

@@ -243,8 +243,14 @@ def describe_pipeline(pipe: Any, *, max_sequence_length: int | None = None) -> P
     elif transformer is not None and "text_encoder_2" in parts and _is_t5(parts["text_encoder_2"]):
         length = max_sequence_length or 512
         encoders = [
-            *slot("", "oai_clip_vit_l", length=int(getattr(pipe, "tokenizer_max_length", 77)), tokens=False,
-                  pooled=True, layer="final"),
+            *slot(
+                "",
+                "oai_clip_vit_l",
+                length=int(getattr(pipe, "tokenizer_max_length", 77)),
+                tokens=False,
+                pooled=True,
+                layer="final",
+            ),
             *slot("_2", "t5_xxl", length=length, kind="t5"),
         ]
         family = PipelineText("flux", tuple(encoders), joint_width=int(transformer.config.joint_attention_dim))
@@ -284,8 +290,10 @@ def describe_pipeline(pipe: Any, *, max_sequence_length: int | None = None) -> P
 
 
 def _is_t5(model: Any) -> bool:
-    return model is None or "t5" in str(getattr(model.config, "model_type", "")).lower() or hasattr(
-        model.config, "d_model"
+    return (
+        model is None
+        or "t5" in str(getattr(model.config, "model_type", "")).lower()
+        or hasattr(model.config, "d_model")
     )
 
 
@@ -407,9 +415,11 @@ def encode_prompts(
     for slot in text.encoders:
         skip = clip_skip if slot.kind == "clip" else None
         # With a skip the negative prompts take another layer, so they need a pass of their own.
-        passes = [(("prompts", "lone", "extra"), None)] if skip is None else [
-            (("prompts", "lone"), skip), (("extra",), None)
-        ]
+        passes = (
+            [(("prompts", "lone", "extra"), None)]
+            if skip is None
+            else [(("prompts", "lone"), skip), (("extra",), None)]
+        )
         for names, layers in passes:
             joined = [one for name in names for one in groups[name]]
             if not joined:
@@ -484,7 +494,7 @@ class SwitchPrompts(PipelineCallback):
         """Called after each step."""
         steps = int(pipeline.num_timesteps)
         # The first step has begun already when this is called first.
-        due = [segment for segment in self.segments if max(1, int(round(segment[0] * steps))) == step_index + 1]
+        due = [segment for segment in self.segments if max(1, round(segment[0] * steps)) == step_index + 1]
         if due:
             _, embeds, pooled = due[-1]
             tokens_name, pooled_name = self._NAMES[self.family]
@@ -745,7 +755,7 @@ def steered_kwargs(
             f"the {text.family} pipeline cannot change the pooled vector during sampling; edit it from the first step "
             "on (start 0), or leave it alone"
         )
-    embeds._vistok_steered = True  # type: ignore[attr-defined]
+    embeds._vistok_steered = True
     pooled_name = "prompt_embeds_pooled" if text.family == "cascade" else "pooled_prompt_embeds"
     result: dict[str, Any] = {"prompt_embeds": embeds}
     if pooled is not None:
@@ -778,7 +788,7 @@ def _switches(controllers: Sequence[PromptController], steps: int | None) -> lis
     # Switches that round to the same step: the last one holds.
     by_step: dict[int, float] = {}
     for fraction in ordered:
-        by_step[int(round(fraction * steps))] = fraction
+        by_step[round(fraction * steps)] = fraction
     return [fraction for _, fraction in sorted(by_step.items())]
 
 

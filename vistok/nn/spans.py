@@ -196,9 +196,9 @@ def _forms(word: str) -> list[str]:
     found = []
     lower = word.lower()
     for one, many in _IRREGULAR.items():
-        if lower == one or lower.endswith(one) and one in ("man", "woman", "child"):
+        if lower == one or (lower.endswith(one) and one in ("man", "woman", "child")):
             found.append(lower.removesuffix(one) + many)
-        if lower == many or lower.endswith(many) and one in ("man", "woman", "child"):
+        if lower == many or (lower.endswith(many) and one in ("man", "woman", "child")):
             found.append(lower.removesuffix(many) + one)
     if lower.endswith("y") and len(lower) > 2 and lower[-2] not in "aeiou":
         found.append(lower[:-1] + "ies")

@@ -31,10 +31,17 @@ class BlockScales(NamedTuple):
 class SelfAttention(nn.Module):
     """Self-attention without a mask; one matrix for queries, keys and values."""
 
-    def __init__(self, size: int, num_heads: int, dropout: float = 0.0, projection_dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        projection_dropout: float = 0.0,
+        qkv_bias: bool = True,
+    ) -> None:
         super().__init__()
         self.num_heads, self.dropout, self.projection_dropout = num_heads, dropout, projection_dropout
-        self.qkv = nn.Linear(size, 3 * size)
+        self.qkv = nn.Linear(size, 3 * size, bias=qkv_bias)
         self.proj = nn.Linear(size, size)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -54,8 +61,9 @@ class SelfAttention(nn.Module):
         """Outputs [B, Q, D] of the last `wanted` positions alone: keys and values of all, the rest for these."""
         size = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        query = functional.linear(x[:, -wanted:], weight[:size], bias[:size])
-        key, value = functional.linear(x, weight[size:], bias[size:]).chunk(2, dim=-1)
+        query_bias, other_bias = (None, None) if bias is None else (bias[:size], bias[size:])
+        query = functional.linear(x[:, -wanted:], weight[:size], query_bias)
+        key, value = functional.linear(x, weight[size:], other_bias).chunk(2, dim=-1)
         return self.attend(query, key, value)
 
 
@@ -89,10 +97,11 @@ class ViTBlock(nn.Module):
         norm_eps: float,
         attention_dropout: float = 0.0,
         projection_dropout: float = 0.0,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(size, eps=norm_eps)
-        self.attn = SelfAttention(size, num_heads, attention_dropout, projection_dropout)
+        self.attn = SelfAttention(size, num_heads, attention_dropout, projection_dropout, qkv_bias)
         self.norm2 = nn.LayerNorm(size, eps=norm_eps)
         self.mlp = ViTMLP(size, mlp_size, projection_dropout)
 

@@ -81,7 +81,7 @@ class Engine:
     def __init__(self, pruner: Any, host: Host, stages: list[Stage]) -> None:
         self.pruner, self.host, self.stages = pruner, host, stages
         self.early = [stage for stage in stages if stage.place != "decoder"]
-        self.late = {stage.layer: stage for stage in stages if stage.place == "decoder"}
+        self.late = {stage.layer: stage for stage in stages if stage.place == "decoder" and stage.layer is not None}
         self.captures: list[tuple[Any, Capture]] = []
         self.capture: Capture | None = None
         self.recent: list[Capture] = []
@@ -118,6 +118,12 @@ class Engine:
                     f"features again after its first {host.first_decoder_layer} layers; prune before layer "
                     f"{host.first_decoder_layer} or later, or before the language model"
                 )
+        from transformers.masking_utils import create_causal_mask
+
+        if "layer_idx" not in inspect.signature(create_causal_mask).parameters:
+            raise InvalidInputError(
+                "this transformers cannot make masks for layers of different lengths; upgrade it to 5.24 or newer"
+            )
         for stage in self.stages:
             if stage.positions == "renumber" and host.several_axes:
                 raise InvalidInputError(
@@ -179,7 +185,14 @@ class Engine:
         """Reduce the attention of one tower layer to what the stage reads."""
         host, scorer = self.host, stage.scorer
         assert scorer is not None
-        layer = host.tower_layer(stage.layer)
+        try:
+            layer = host.tower_layer(stage.layer)
+            host.tower_attention(layer)
+        except AttributeError as error:
+            raise InvalidInputError(
+                f"{stage.name or 'this stage'} reads the attention of the vision tower, and {host.name} is not known "
+                f"with the tower {type(host.tower).__name__} ({error}); use a method that acts later"
+            ) from error
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if self.capture is None:
@@ -314,7 +327,7 @@ class Engine:
         self.inputs = inputs
         spans = self.locate(embeds)
         self.inputs = {}
-        cache_name = "cache" if "cache" in kwargs else "past_key_values"
+        cache_name = "past_key_values" if "past_key_values" in kwargs else "cache"
         cache = kwargs.get(cache_name)
         record = getattr(cache, "vistok_record", None)
         if not spans and record is None:
@@ -333,7 +346,9 @@ class Engine:
                 "static caches give every layer the same length, which pruning changes; use the default dynamic cache "
                 "(leave cache_implementation out)"
             )
-        if cache is None and kwargs.get("use_cache"):
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (getattr(module.config, "use_cache", False) if use_cache is None else use_cache):
+            # The model would make one later, where what is removed could not be noted on it.
             from transformers import DynamicCache
 
             cache = DynamicCache(config=module.config)
@@ -444,6 +459,8 @@ class Engine:
                 continue
             changed = True
             embeds = self.apply(flow, stage, selections, context, embeds)
+        for span in flow.spans:
+            span.first = len(span)  # stages inside the decoder count from what entered it
         level = flow.record.levels[0]
         assert flow.valid is not None
         self.settle(flow, 0)
@@ -551,6 +568,7 @@ class Engine:
                 self.identity(span, selection),
                 ranks[span.sample].index_select(0, span.index.index_select(0, selection.kept))
                 + (longest - lengths[span.sample]),
+                span.first,
             )
             for span, selection in zip(flow.spans, selections)
         ]
@@ -753,6 +771,9 @@ class Engine:
             if flow.record.levels[0].pruned and not isinstance(flow.cache, PrunedCache):
                 flow.cache.__class__ = pruned_class(type(flow.cache))
         self.pruner.last_report = self.report(flow)
+        for span in flow.spans:
+            span.visual.capture = None  # the report must not keep pixels and tower features alive
+        self.recent = []
 
     def report(self, flow: Flow) -> Report:
         shape = DecoderShape.from_config(self.host.text_config)

@@ -21,6 +21,7 @@ as FoPru's before someone has compared the assumptions with the paper.**
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -95,7 +96,7 @@ class ViewSelector:
         newline: what becomes of the tokens that end the rows.
     """
 
-    def __init__(self, choose, newline: Newline) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, choose: Callable[[Tensor, tuple[int, int]], Tensor], newline: Newline) -> None:
         if newline not in ("keep_nonempty", "keep_all", "drop"):
             raise InvalidInputError(f"newline is 'keep_nonempty', 'keep_all' or 'drop', got {newline!r}")
         self.choose, self.newline = choose, newline

@@ -74,7 +74,7 @@ class UniformPooling(Pruner):
                 kept.append(numbers.flatten())
                 values.append(tokens.flatten(0, 1))
                 continue
-            pooled = pool_grid(tokens[:, :width], stride, self.mode)  # type: ignore[arg-type]
+            pooled = pool_grid(tokens[:, :width], stride, self.mode)
             places = numbers[::stride, :width:stride]
             if block.newline:
                 pooled = torch.cat([pooled, tokens[::stride, -1:]], dim=1)

@@ -70,13 +70,14 @@ class Pruner(Attachable):
         Raises:
             InvalidInputError: if a stage acts past the depth, or keeps a number that depends on the picture.
         """
-        now, bounds = visual, []
+        now, first, bounds = visual, visual, []
         for stage in self.stages:
             start = stage.layer if stage.place == "decoder" else 0
             assert start is not None
             if start >= depth:
                 raise InvalidInputError(f"a stage acts before layer {start} and the decoder has layers 0..{depth - 1}")
-            now = stage.planned(now, visual)
+            now = stage.planned(now, first)
+            first = now if stage.place != "decoder" else first
             bounds.append((start, now))
         tokens = [visual] * depth
         for start, count in bounds:

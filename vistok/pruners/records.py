@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +76,14 @@ class PrunedCache:
         return super().get_seq_length(layer_idx)  # type: ignore[misc]
 
 
-@functools.cache
+_CLASSES: dict[type, type] = {}
+
+
 def pruned_class(base: type) -> type:
-    return type(f"Pruned{base.__name__}", (PrunedCache, base), {})
+    """The class of a cache whose first layer was shortened."""
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"Pruned{base.__name__}", (PrunedCache, base), {})
+    return _CLASSES[base]
 
 
 def held_length(cache: Any, layer: int) -> int:

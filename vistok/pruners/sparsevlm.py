@@ -139,7 +139,7 @@ class SparseVLM(Pruner):
 
     def _stage(self, layer: int, count: int, first: bool, positions: Positions) -> Stage:
         def keep(span: Span) -> int:
-            number = max(1, round(count * span.visual.tokens / 576)) if self.scaled else count
+            number = max(1, round(count * span.first / 576)) if self.scaled else count
             return max(1, min(number, len(span) - 1))
 
         def select(scores: list[Tensor], context: Context) -> list[Tensor]:

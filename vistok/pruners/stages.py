@@ -47,7 +47,7 @@ __all__ = [
 Place = Literal["tower", "embeddings", "decoder"]
 Positions = Literal["auto", "renumber", "keep"]
 Count = Callable[[int, int], int]
-"""Tokens to keep, from those alive now and those the visual had at first."""
+"""Tokens to keep, from those alive now and those that shares are counted from (`Span.first`)."""
 
 
 @dataclass
@@ -59,12 +59,18 @@ class Span:
         visual: what it shows, and how its tokens lie on its views.
         tokens: int64 [n], which of the visual's first tokens are alive, ascending.
         index: int64 [n], where they stand in the sequence now.
+        first: tokens that shares are counted from: those of the visual before the language model, and those that
+            entered it inside.
     """
 
     sample: int
     visual: Visual
     tokens: Tensor
     index: Tensor
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        self.first = self.first or self.visual.tokens
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -212,7 +218,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 def truncated_keep(ratio: float, least: int = 0) -> Count:
-    """`int(N * ratio)` of the tokens that the visual had at first, at least `least`."""
+    """`int(N * ratio)` of the first N tokens, at least `least`."""
     return lambda now, first: min(now, max(least, int(first * ratio)))
 
 
@@ -246,14 +252,12 @@ class TopK:
 
     def __call__(self, scores: list[Tensor], context: Context) -> list[Tensor]:
         if self.scope == "per_image":
-            return [
-                best(score, self.count(len(span), span.visual.tokens)) for score, span in zip(scores, context.spans)
-            ]
+            return [best(score, self.count(len(span), span.first)) for score, span in zip(scores, context.spans)]
         kept: dict[int, Tensor] = {}
         for sample in {span.sample for span in context.spans}:
             members = [number for number, span in enumerate(context.spans) if span.sample == sample]
             lengths = [len(context.spans[number]) for number in members]
-            first = sum(context.spans[number].visual.tokens for number in members)
+            first = sum(context.spans[number].first for number in members)
             chosen = best(torch.cat([scores[number] for number in members]), self.count(sum(lengths), first))
             start = 0
             for number, length in zip(members, lengths):

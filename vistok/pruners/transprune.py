@@ -64,6 +64,33 @@ class Schedule:
         accumulate = scale(self.accumulate)
         return Schedule(tuple(range(accumulate[0], accumulate[-1] + 1)), prune, self.ratios)
 
+    @classmethod
+    def for_budget(cls, average: float, depth: int, of: Schedule | None = None) -> Schedule:
+        """A schedule that a layer of a `depth`-layer decoder sees so large a share of the tokens with on average.
+
+        Layers and shape are those of another schedule (default High, moved with the depth); all its ratios are raised
+        to one power.
+
+        Args:
+            average: share in (0, 1); the layers before the first pruning see all tokens, which bounds it from below.
+
+        Raises:
+            InvalidInputError: if it cannot be met.
+        """
+        base = (of or SCHEDULES["high"]).scaled(depth)
+        least = base.prune[0] / depth
+        if not least < average < 1:
+            raise InvalidInputError(
+                f"the first pruning is after layer {base.prune[0]} of {depth}, so the average share lies in "
+                f"({least:.3f}, 1), got {average}"
+            )
+        low, high = 0.0, 64.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            found = cls(base.accumulate, base.prune, tuple(ratio**middle for ratio in base.ratios))
+            low, high = (middle, high) if found.average_kept(depth) > average else (low, middle)
+        return found
+
     def average_kept(self, depth: int) -> float:
         """Share of visual tokens that a layer sees on average."""
         bounds = [0, *self.prune, depth]

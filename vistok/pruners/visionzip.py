@@ -96,7 +96,13 @@ class VisionZip(Pruner):
         def merge(kept: list[Tensor], scores: list[Tensor], context: Context) -> list[Selection]:
             return [self.zipped(context, span, views) for span, views in zip(context.spans, context.readings)]
 
-        super().__init__([Stage("tower", select, _Scorer(), merge, layer=layer, positions=positions, name="VisionZip")])
+        def count(now: int, first: int) -> int:  # of one view
+            return min(now, dominant + contextual)
+
+        scorer = _Scorer()
+        super().__init__(
+            [Stage("tower", select, scorer, merge, layer=layer, positions=positions, name="VisionZip", count=count)]
+        )
 
     def zipped(self, context: Context, span: Span, views: list[Tensor]) -> Selection:
         """All views of one visual."""

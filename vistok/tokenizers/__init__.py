@@ -12,6 +12,7 @@ _EXPORTS = {
     "KLModel": "kl",
     "KLModelOutput": "kl",
     "FlexTok": "flextok",
+    "LARP": "larp",
     "TokenPacker": "tokenpacker",
     "VQLoss": "vq",
     "VQModel": "vq",

@@ -31,15 +31,20 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
-from vistok.files import atomic_path, open_image
+from vistok.files import atomic_path
 from vistok.nn.adversarial import AdversarialLoss
 from vistok.nn.diffusion import gaussian_noise
 from vistok.nn.masked import patchify, unpatchify
 from vistok.nn.model import VistokModel
 from vistok.nn.sampling import Generators
 from vistok.registry import Published
-from vistok.tokenizers.pictures import Pictures, check_images, postprocess_images, preprocess_images
-from vistok.tokenizers.transforms import to_tensor
+from vistok.tokenizers.pictures import (
+    Pictures,
+    check_images,
+    padded_picture,
+    postprocess_images,
+    preprocess_images,
+)
 from vistok.tokens import VisualTokens
 
 __all__ = [
@@ -195,7 +200,8 @@ class KLModel(VistokModel, AutoencoderKL):
             name="kl16.mar",
             system="kl",
             config=official_configuration({}),
-            hub_file="kl16.ckpt",
+            hub_id="jadechoghari/mar",  # a mirror; the authors' own kl16.ckpt is not on the Hub
+            hub_file="kl16.safetensors",
             licence="mit",
             paper="2406.11838",
             origin="https://github.com/LTH14/mar",
@@ -524,12 +530,8 @@ class KLModel(VistokModel, AutoencoderKL):
     @torch.no_grad()
     def reconstruct(self, image: Image.Image | str | os.PathLike[str]) -> Image.Image:
         """A picture of any size through the tokens and back, in its own size (padded by reflection meanwhile)."""
-        pixels = to_tensor(open_image(image)).unsqueeze(0).to(self.device)
-        height, width = pixels.shape[-2:]
-        padding = (-width % self.downsample_factor, -height % self.downsample_factor)
-        reflect = padding[0] < width and padding[1] < height
-        padded = F.pad(pixels, (0, padding[0], 0, padding[1]), mode="reflect" if reflect else "replicate")
-        decoded = self.decode(self.encode(padded))
+        padded, (height, width) = padded_picture(image, self.downsample_factor)
+        decoded = self.decode(self.encode(padded.to(self.device)))
         return self.postprocess(decoded[..., :height, :width])[0]
 
     # ---- statistics
@@ -585,6 +587,18 @@ class KLModel(VistokModel, AutoencoderKL):
             projection = re.search(r"\.(to_q|to_k|to_v|to_out\.0)\.weight$", name) is not None
             renamed[name] = value.flatten(1) if projection and value.ndim == 4 else value
         return renamed
+
+    @classmethod
+    def rename_diffusers(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights that early versions of diffusers saved, under today's names (`from_pretrained` does it by itself)."""
+        return {
+            re.sub(
+                r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
+                lambda found: found[1] + EARLY_ATTENTION_NAMES[found[2]] + ".",
+                key,
+            ): value
+            for key, value in state.items()
+        }
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the CompVis names, which `from_official` reads back."""
@@ -660,6 +674,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^decoder\.up\.(\d+)\.upsample\.conv\.", r"decoder.up_blocks.\1.upsamplers.0.conv."),
 )
 ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+EARLY_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def diffusers_key(key: str, levels: int) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +19,14 @@ from vistok.errors import InvalidInputError, InvalidOutputError
 from vistok.files import open_image
 from vistok.tokenizers.transforms import center_crop, to_tensor
 
-__all__ = ["Pictures", "check_images", "postprocess_images", "preprocess_images"]
+__all__ = [
+    "Pictures",
+    "check_images",
+    "check_pixels",
+    "padded_picture",
+    "postprocess_images",
+    "preprocess_images",
+]
 
 Pictures: TypeAlias = Image.Image | str | os.PathLike[str] | Sequence[Image.Image | str | os.PathLike[str]]
 FAR_OUTSIDE = 16.0  # an image in 0..255 is refused, a slight overshoot of a decoder is not
@@ -38,16 +46,20 @@ def check_images(images: Tensor, channels: int, factor: int) -> None:
         high = [max(-(-side // factor), 1) * factor for side in (height, width)]
         raise InvalidInputError(
             f"height and width must be divisible by {factor}; got {height}x{width}: the nearest valid sizes are "
-            f"{low[0]}x{low[1]} and {high[0]}x{high[1]} (preprocess() crops)"
+            f"{low[0]}x{low[1]} and {high[0]}x{high[1]} (preprocess() crops; reconstruct() takes any size)"
         )
-    if images.numel():
-        low_value, high_value = (float(value) for value in torch.aminmax(images))
-        if not (math.isfinite(low_value) and math.isfinite(high_value)):
-            raise InvalidInputError("images contain NaN or infinite pixels")
-        if max(-low_value, high_value) > FAR_OUTSIDE:
-            raise InvalidInputError(
-                f"images must lie in [-1, 1]; got {low_value:.4g}..{high_value:.4g}: scale them with preprocess()"
-            )
+    check_pixels(images)
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise InvalidInputError unless the pixels are finite and about [-1, 1]."""
+    if not images.numel():
+        return
+    low, high = (float(value) for value in torch.aminmax(images))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InvalidInputError("images contain NaN or infinite pixels")
+    if max(-low, high) > FAR_OUTSIDE:
+        raise InvalidInputError(f"images must lie in [-1, 1]; got {low:.4g}..{high:.4g}: scale them with preprocess()")
 
 
 def preprocess_images(images: Pictures, size: int | tuple[int, int] | None, factor: int) -> Tensor:
@@ -82,6 +94,26 @@ def preprocess_images(images: Pictures, size: int | tuple[int, int] | None, fact
         )
     left, top = (sizes[0][1] - width) // 2, (sizes[0][0] - height) // 2
     return torch.stack([to_tensor(picture.crop((left, top, left + width, top + height))) for picture in pictures])
+
+
+def padded_picture(image: Image.Image | str | os.PathLike[str], factor: int) -> tuple[Tensor, tuple[int, int]]:
+    """A picture of any size, padded by reflection at the right and below so that f divides its sides.
+
+    Args:
+        image: a picture or a path.
+        factor: f.
+
+    Returns:
+        Its batch, float32 [1, 3, H, W] in [-1, 1] on the CPU, and its own (height, width).
+
+    Raises:
+        InvalidInputError: an unreadable picture.
+    """
+    pixels = to_tensor(open_image(image)).unsqueeze(0)
+    height, width = pixels.shape[-2:]
+    right, below = -width % factor, -height % factor
+    reflect = right < width and below < height
+    return F.pad(pixels, (0, right, 0, below), mode="reflect" if reflect else "replicate"), (height, width)
 
 
 def postprocess_images(images: Tensor, output_type: str, to_uint8: Callable[[Tensor], Tensor]) -> Any:

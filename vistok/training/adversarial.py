@@ -1,4 +1,4 @@
-"""Training a VQ tokenizer against a discriminator: two losses, two optimisers, one Accelerate loop.
+"""Training a tokenizer against a discriminator: two losses, two optimisers, one Accelerate loop.
 
 Shape letters: B images, H, W pixels.
 """
@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vistok.nn.adversarial import AdversarialLoss
 from vistok.nn.discriminator import PatchDiscriminator
 from vistok.nn.model import VistokModel
 from vistok.nn.perceptual import LPIPS
+from vistok.tokenizers.kl import KLLoss
 from vistok.tokenizers.vq import VQLoss
 
 from .recipe import DiscriminatorRecipe
@@ -19,8 +21,16 @@ from .recipe import DiscriminatorRecipe
 __all__ = ["AdversarialObjective", "Judge", "make_loss"]
 
 
-def make_loss(recipe: DiscriminatorRecipe) -> VQLoss:
+# system -> (objective, error of the pixels as in the model's own `training_loss`)
+LOSSES: dict[str, tuple[type[AdversarialLoss], str]] = {"vq": (VQLoss, "l2"), "kl": (KLLoss, "l1")}
+
+
+def make_loss(system: str, recipe: DiscriminatorRecipe) -> AdversarialLoss:
     """The objective of a recipe, with a fresh discriminator.
+
+    Args:
+        system: what is trained, a key of `LOSSES`.
+        recipe: how.
 
     Raises:
         CheckpointError: the perceptual weights cannot be read.
@@ -28,9 +38,11 @@ def make_loss(recipe: DiscriminatorRecipe) -> VQLoss:
     perceptual = None
     if recipe.perceptual_weights:
         perceptual = LPIPS.from_files(*recipe.perceptual_weights).eval().requires_grad_(False)
-    return VQLoss(
+    objective, reconstruction = LOSSES[system]
+    return objective(
         perceptual,
         PatchDiscriminator(),
+        reconstruction=reconstruction,
         perceptual_weight=recipe.perceptual_weight,
         adversarial_weight=recipe.weight,
         adversarial_start=recipe.start_step,
@@ -41,7 +53,7 @@ def make_loss(recipe: DiscriminatorRecipe) -> VQLoss:
 class AdversarialObjective(nn.Module):
     """The tokenizer's turn. It reaches the discriminator without holding it: those weights are not its own to train."""
 
-    def __init__(self, model: VistokModel, loss: VQLoss) -> None:
+    def __init__(self, model: VistokModel, loss: AdversarialLoss) -> None:
         super().__init__()
         self.model = model
         self._turn = loss.generator_turn
@@ -54,16 +66,17 @@ class AdversarialObjective(nn.Module):
         """
         model: Any = self.model
         output = model(batch["images"])
-        found = self._turn(batch["images"], output.sample, output.quantization.loss, batch["step"], model.last_layer)
-        if output.quantization.usage is not None:
-            found["usage"] = output.quantization.usage
+        found = self._turn(batch["images"], output.sample, output.bottleneck_loss, batch["step"], model.last_layer)
+        usage = getattr(output, "usage", None)  # of a codebook
+        if usage is not None:
+            found["usage"] = usage
         return {**found, "sample": output.sample.detach()}
 
 
 class Judge(nn.Module):
     """The discriminator's turn."""
 
-    def __init__(self, loss: VQLoss) -> None:
+    def __init__(self, loss: AdversarialLoss) -> None:
         super().__init__()
         assert loss.discriminator is not None
         self.discriminator = loss.discriminator

@@ -40,6 +40,9 @@ __all__ = [
     "save_recipe",
 ]
 
+# Systems that can be trained against a discriminator.
+ADVERSARIAL_SYSTEMS = ("vq", "kl")
+
 T = TypeVar("T")
 
 
@@ -189,7 +192,8 @@ class ScheduleRecipe:
 
 @dataclass(frozen=True)
 class DiscriminatorRecipe:
-    """Adversarial training of a VQ tokenizer (LlamaGen's settings).
+    """Adversarial training of a VQ or KL tokenizer. The defaults are LlamaGen's settings; latent diffusion's for KL are
+    `start_step: 50001`, `adaptive_weight: true`, `betas: [0.5, 0.9]`.
 
     Attributes:
         start_step: reconstruction alone before that.
@@ -432,8 +436,11 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.model.codebook_embeddings and recipe.tokenizer is None:
         raise InvalidInputError("model.codebook_embeddings needs the field tokenizer: the checkpoint with the codebook")
-    if recipe.discriminator is not None and recipe.model.system != "vq":
-        raise InvalidInputError(f"discriminator belongs to the system vq; this recipe trains {recipe.model.system}")
+    if recipe.discriminator is not None and recipe.model.system not in ADVERSARIAL_SYSTEMS:
+        raise InvalidInputError(
+            f"discriminator belongs to the systems {' and '.join(ADVERSARIAL_SYSTEMS)}; this recipe trains "
+            f"{recipe.model.system}"
+        )
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

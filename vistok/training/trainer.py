@@ -250,7 +250,7 @@ class Trainer:
         if recipe.discriminator is None:
             self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
         else:
-            loss = make_loss(recipe.discriminator).to(self.device)
+            loss = make_loss(recipe.model.system, recipe.discriminator).to(self.device)
             self.objective, self.optimizer = self.accelerator.prepare(AdversarialObjective(self.model, loss), optimizer)
             judge = Judge(loss)
             self.discriminator = judge.discriminator

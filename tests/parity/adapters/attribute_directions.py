@@ -28,7 +28,7 @@ from vistok.controllers.attribute_directions import (
 )
 from vistok.errors import InvalidInputError
 from vistok.nn.denoisers import Denoiser
-from vistok.nn.prompts import EncodedPrompts, SwitchPrompts, describe_pipeline, encode_prompts
+from vistok.nn.prompts import EncodedPrompts, SwitchPrompts, describe_pipeline
 from vistok.nn.spans import align_tokens, character_mask, covered_tokens, token_spans
 
 SYSTEM = "attribute_directions"
@@ -115,8 +115,14 @@ def sample(g: Any) -> dict[str, Tensor]:
     def run(embeds: dict[str, Tensor], scale: float, **extra: Any) -> Tensor:
         # A copy: the pipeline hands callbacks the very tensors.
         return pipe(
-            **{key: value.clone() for key, value in embeds.items()}, latents=g.inputs["latents"].clone(),
-            guidance_scale=scale, num_inference_steps=steps, output_type="latent", height=side, width=side, **extra,
+            **{key: value.clone() for key, value in embeds.items()},
+            latents=g.inputs["latents"].clone(),
+            guidance_scale=scale,
+            num_inference_steps=steps,
+            output_type="latent",
+            height=side,
+            width=side,
+            **extra,
         ).images
 
     def without_negative(embeds: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +167,7 @@ def sample(g: Any) -> dict[str, Tensor]:
         out[f"delay{delay}.final"] = run(
             plain, scale, callback_on_step_end=switch, callback_on_step_end_tensor_inputs=switch.tensor_inputs
         )
-        out[f"delay{delay}.mid"] = seen[int(round(delay * steps)) - 1]
+        out[f"delay{delay}.mid"] = seen[round(delay * steps) - 1]
     return out
 
 
@@ -236,8 +242,9 @@ def learn(g: Any) -> dict[str, Tensor]:
         if (number + 1) % settings.micro_steps == 0:
             done = (number + 1) // settings.micro_steps
             if done == 1:
-                results |= {f"grad_step1.tokenwise_delta.{key}": value.grad.clone()
-                            for key, value in learner.vectors.items()}
+                results |= {
+                    f"grad_step1.tokenwise_delta.{key}": value.grad.clone() for key, value in learner.vectors.items()
+                }
             learner.optimizer.step()
             learner.optimizer.zero_grad()
             if done == 1:

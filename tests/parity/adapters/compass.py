@@ -64,8 +64,10 @@ def unet_tenor(g: Any) -> dict[str, Tensor]:
     def run(rows: slice) -> Tensor:
         times = inputs["timestep"]
         return network(
-            inputs["sample"][rows], times[rows] if times.ndim else times,
-            encoder_hidden_states=inputs["encoder_hidden_states"][rows], return_dict=False,
+            inputs["sample"][rows],
+            times[rows] if times.ndim else times,
+            encoder_hidden_states=inputs["encoder_hidden_states"][rows],
+            return_dict=False,
         )[0]
 
     out = {"base": run(slice(None))}
@@ -83,8 +85,14 @@ def unet_tenor(g: Any) -> dict[str, Tensor]:
 def unet_sample(g: Any) -> dict[str, Tensor]:
     network = unet(g.config["unet"], part(g.weights, "unet"))
     pipe = diffusers.StableDiffusionPipeline(
-        vae=tiny_vae(), text_encoder=None, tokenizer=None, unet=network, scheduler=scheduler(g.config["scheduler"]),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=tiny_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=network,
+        scheduler=scheduler(g.config["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     side = g.inputs["latents"].shape[-1] * 8
@@ -92,9 +100,14 @@ def unet_sample(g: Any) -> dict[str, Tensor]:
     with Tenor().attached(pipe):
         for name, guidance in g.call["guidance"].items():
             out[name] = pipe(
-                prompt_embeds=g.inputs["prompt_embeds"], negative_prompt_embeds=g.inputs["negative_prompt_embeds"],
-                latents=g.inputs["latents"].clone(), guidance_scale=guidance, height=side, width=side,
-                num_inference_steps=g.call["num_inference_steps"], output_type="latent",
+                prompt_embeds=g.inputs["prompt_embeds"],
+                negative_prompt_embeds=g.inputs["negative_prompt_embeds"],
+                latents=g.inputs["latents"].clone(),
+                guidance_scale=guidance,
+                height=side,
+                width=side,
+                num_inference_steps=g.call["num_inference_steps"],
+                output_type="latent",
             ).images
     return out
 
@@ -103,7 +116,9 @@ def unet_train(g: Any) -> dict[str, Tensor]:
     network = unet(g.config["unet"], part(g.weights, "unet"))
     call, inputs = g.call, g.inputs
     objective = UNetObjective(
-        network, scheduler(g.config["scheduler"]), token_scale=call["token_loss_scale"],
+        network,
+        scheduler(g.config["scheduler"]),
+        token_scale=call["token_loss_scale"],
         pixel_scale=call["pixel_loss_scale"],
     )
     assert objective.places(inputs["latents"].shape[-1]) == call["layers"]
@@ -154,9 +169,14 @@ def flux_tenor(g: Any) -> dict[str, Tensor]:
 
     def run() -> Tensor:
         return network(
-            hidden_states=tokens, timestep=inputs["timesteps"], guidance=inputs.get("guidance"),
-            pooled_projections=inputs["vec"], encoder_hidden_states=inputs["txt"],
-            txt_ids=torch.zeros(inputs["txt"].shape[1], 3), img_ids=ids, return_dict=False,
+            hidden_states=tokens,
+            timestep=inputs["timesteps"],
+            guidance=inputs.get("guidance"),
+            pooled_projections=inputs["vec"],
+            encoder_hidden_states=inputs["txt"],
+            txt_ids=torch.zeros(inputs["txt"].shape[1], 3),
+            img_ids=ids,
+            return_dict=False,
         )[0]
 
     out = {
@@ -195,8 +215,15 @@ def flux_sample(g: Any) -> dict[str, Tensor]:
     with adapters.attached(network), Tenor().attached(network):
         for name, first in call["timestep_to_start_cfg"].items():
             out[name] = sample_flux(
-                network, inputs["latents"], inputs["txt"], inputs["vec"], schedule, guidance=call["guidance"],
-                true_guidance=call["true_gs"], negative_text=inputs["neg_txt"], negative_pooled=inputs["neg_vec"],
+                network,
+                inputs["latents"],
+                inputs["txt"],
+                inputs["vec"],
+                schedule,
+                guidance=call["guidance"],
+                true_guidance=call["true_gs"],
+                negative_text=inputs["neg_txt"],
+                negative_pooled=inputs["neg_vec"],
                 first_guided_step=first,
             )
     return out
@@ -208,8 +235,11 @@ def flux_train(g: Any) -> dict[str, Tensor]:
     inputs = g.inputs
     results = objective.training_loss(
         {
-            "latents": inputs["latents"], "noise": inputs["noise"], "time_index": inputs["t_index"],
-            "text": inputs["txt"], "pooled": inputs["vec"],
+            "latents": inputs["latents"],
+            "noise": inputs["noise"],
+            "time_index": inputs["t_index"],
+            "text": inputs["txt"],
+            "pooled": inputs["vec"],
         }
     )
     results["loss"].backward()
@@ -241,7 +271,11 @@ class RecordedVocabulary:
                     self.table |= {word: [number] for word, number in zip(words, ids, strict=True)}
 
     def __call__(
-        self, text: str, padding: Any = False, truncation: bool = False, max_length: int = 77,
+        self,
+        text: str,
+        padding: Any = False,
+        truncation: bool = False,
+        max_length: int = 77,
         add_special_tokens: bool = True,
     ) -> dict[str, list[int]]:
         words, ids = text.split(), []
@@ -260,8 +294,14 @@ def scop_item(g: Any) -> dict[str, Tensor]:
     records = g.config["metadata"]
     vocabulary = RecordedVocabulary(g.path.parent)
     data = ScopDataset(
-        g.path.parent, g.call["image_size"], tokenizer=vocabulary, masks=True, caption_dropout=g.call["prompt_dropout"],
-        scale_range=tuple(g.call["crop_scale_range"]), first_match=True, records=records,
+        g.path.parent,
+        g.call["image_size"],
+        tokenizer=vocabulary,
+        masks=True,
+        caption_dropout=g.call["prompt_dropout"],
+        scale_range=tuple(g.call["crop_scale_range"]),
+        first_match=True,
+        records=records,
     )
     out: dict[str, Tensor] = {}
     for row in g.config.get("rows") or json.loads(g.metadata["rows"]):
@@ -319,12 +359,18 @@ def scop_filter(path: Path) -> None:
             first, second, where = pair_indices([len(row) for row in boxes])
             areas = np.array([image.width * image.height for image in images], dtype=np.float64)
             table = judge(
-                np.array([box.bbox for box in flat], dtype=np.float64), np.array([box.category for box in flat]),
-                first, second, areas[where], thresholds,
+                np.array([box.bbox for box in flat], dtype=np.float64),
+                np.array([box.category for box in flat]),
+                first,
+                second,
+                areas[where],
+                thresholds,
             )
             ours = [
                 [
-                    identities[flat[one].number], identities[flat[two].number], *map(int, verdicts),
+                    identities[flat[one].number],
+                    identities[flat[two].number],
+                    *map(int, verdicts),
                     [phrase for phrases in relations(flat[one].bbox, flat[two].bbox) for phrase in phrases],
                 ]
                 for one, two, verdicts in zip(first, second, table.verdicts, strict=True)
@@ -360,8 +406,9 @@ def adapter_manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) ->
     theirs = {key: torch.empty(shape, device="meta") for key, (shape, _) in keys.items()}
     problems = describe_mismatch(model.state_dict(), FluxLowRankAdapters.rename_official(theirs))
     assert not problems, "; ".join(problems)
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in
-            FluxLowRankAdapters.config_from_state(theirs).items()} == dict(config)
+    assert {
+        k: tuple(v) if isinstance(v, list) else v for k, v in FluxLowRankAdapters.config_from_state(theirs).items()
+    } == dict(config)
 
 
 def unet_manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
@@ -375,8 +422,15 @@ def unet_manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> No
 
 def flux_manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
     config = {
-        "hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56],
-        "in_channels": 64, "vec_in_dim": 768, "context_in_dim": 4096, "guidance_embed": True,
+        "hidden_size": 3072,
+        "num_heads": 24,
+        "depth": 19,
+        "depth_single_blocks": 38,
+        "axes_dim": [16, 56, 56],
+        "in_channels": 64,
+        "vec_in_dim": 768,
+        "context_in_dim": 4096,
+        "guidance_embed": True,
     }
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(**flux_config_from_official(config))

@@ -118,7 +118,8 @@ def qwen(g: Any) -> dict[str, Tensor]:
         **{name: g.inputs[name] for name in ("input_ids", "pixel_values", "image_grid_thw")},
         "mm_token_type_ids": (ids == g.config["image_token_id"]).int(),
     }
-    pruner = FoPru(g.call["ratio"], layer=g.call.get("attention_block"))
+    block = g.call.get("attention_block", -1)  # -1: the last block of full attention
+    pruner = FoPru(g.call["ratio"], layer=None if block == -1 else block)
     logits, generated, steps = run(model, inputs, pruner, g.call["decode_steps"])
     outputs = {"logits": logits, "generated_ids": generated, "step_logits": steps}
     keep = torch.ones(ids.shape[1], dtype=torch.bool)

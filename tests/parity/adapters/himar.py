@@ -10,7 +10,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tests.parity.adapters.mar import Listener, gradients, head_draws, queue, replayed, single_steps, split, tables
 from tests.parity.replay import check_meta_model
@@ -70,7 +69,7 @@ def dit_head(g: Any) -> dict[str, Tensor]:
         "c_embed": embedded,
         "t_embed": times,
         "pos_embed": net.pos_embed,
-        "block0": net.blocks[0](net.embed(x), functional.silu(embedded + times[:, None])),
+        "block0": net.blocks[0](net.embed(x), net.modulations(embedded + times[:, None])[0]),
         "training_loss_masked": denoising_error(net, x, z, t, inputs["noise"], mask[:, None]),
         "training_loss_nomask": denoising_error(net, x, z, t, inputs["noise"], None),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
 
+from tests.parity.check import read_text
 from vistok.nn.model import describe_mismatch
-from vistok.tokenizers.kl import KLModel
+from vistok.tokenizers.kl import KLModel, diffusers_key
 from vistok.tokenizers.transforms import center_crop, to_tensor
 
 SYSTEM = "kl16"
@@ -81,5 +84,25 @@ def manifest(name: str, keys: dict[str, tuple[tuple[int, ...], str]]) -> None:
     assert not problems, "; ".join(problems)
 
 
+def diffusers_mapping(path: Path) -> None:
+    """Every official key's name in diffusers, which projections lose their 1x1 dimensions, and the configuration."""
+    content = json.loads(read_text(path))
+    config, table = content["config"], content["keys"]
+    with torch.device("meta"):
+        model = KLModel(**config)
+    official = model.to_official()
+    assert official.keys() == table.keys(), sorted(official.keys() ^ table.keys())
+    renamed = KLModel.rename_official(official)
+    for key, entry in table.items():
+        name = diffusers_key(key, len(config["block_out_channels"]))
+        assert name == entry["to"], f"{key}: {name} instead of {entry['to']}"
+        assert (renamed[name].ndim < official[key].ndim) == entry["squeeze_1x1"], f"{key}: squeezed, or not"
+    published = KLModel.published["kl16.mar"].config
+    if config["block_out_channels"] == list(published["block_out_channels"]):
+        ours = json.loads(json.dumps(published))
+        assert ours == {name: config[name] for name in ours}
+
+
 CASES = {"vae_": vae, "posterior": posterior, "preprocess": preprocess}
 MANIFESTS = {"kl": manifest}
+FILES = {"diffusers_mapping.json": diffusers_mapping}

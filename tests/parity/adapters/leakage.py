@@ -71,8 +71,12 @@ def sdxl_patch(g: Any) -> dict[str, Tensor]:
     ]
     ids = [g.inputs["input_ids"], g.inputs["input_ids_2"]]
     pads = [
-        clip_states(model, g.inputs[f"pad_input_ids{suffix}"], layer="penultimate",
-                    attention_mask=g.inputs[f"pad_attention_mask{suffix}"])
+        clip_states(
+            model,
+            g.inputs[f"pad_input_ids{suffix}"],
+            layer="penultimate",
+            attention_mask=g.inputs[f"pad_attention_mask{suffix}"],
+        )
         for model, suffix in zip(models, ("", "_2"), strict=True)
     ]
     length = ids[0].shape[1]
@@ -112,8 +116,9 @@ def sd3_patch(g: Any) -> dict[str, Tensor]:
     )
     text = PipelineText("sd3", slots, joint_width=width, t5_length=t5_length)
     ids = [g.inputs["input_ids"], g.inputs["input_ids_2"], g.inputs["input_ids_3"]]
-    pads = [slot.states(g.inputs[f"pad_input_ids{suffix}"])
-            for slot, suffix in zip(slots, ("", "_2", "_3"), strict=True)]
+    pads = [
+        slot.states(g.inputs[f"pad_input_ids{suffix}"]) for slot, suffix in zip(slots, ("", "_2", "_3"), strict=True)
+    ]
     replaced = [g.inputs["pad_input_ids"], g.inputs["pad_encoder_input_ids_2"], g.inputs["pad_encoder_input_ids_3"]]
     keep = {"clip": g.call["keep_clip"], "t5": g.call["keep_t5"]}
 
@@ -182,17 +187,27 @@ def reference_fixes(g: Any) -> dict[str, Tensor]:
     network = diffusers.FluxTransformer2DModel(**g.config["transformer"])
     load_strictly(network, part(g.weights, "transformer"))
     pipe = diffusers.FluxPipeline(
-        scheduler=scheduler(g.config["scheduler"]), vae=tiny_vae(), text_encoder=clip, text_encoder_2=t5,
-        tokenizer=clip_tokenizer(g.path.parent), tokenizer_2=t5_tokenizer(g.path.parent), transformer=network,
+        scheduler=scheduler(g.config["scheduler"]),
+        vae=tiny_vae(),
+        text_encoder=clip,
+        text_encoder_2=t5,
+        tokenizer=clip_tokenizer(g.path.parent),
+        tokenizer_2=t5_tokenizer(g.path.parent),
+        transformer=network,
     )
     pipe.set_progress_bar_config(disable=True)
     out: dict[str, Tensor] = {}
     for name, embeds in edits.items():
         out[f"{name}.prompt_embeds"] = embeds
         out[f"{name}.latents"] = pipe(
-            prompt_embeds=embeds, pooled_prompt_embeds=g.inputs["pooled_prompt_embeds"],
-            latents=g.inputs["latents"].clone(), num_inference_steps=call["num_inference_steps"],
-            guidance_scale=call["guidance_scale"], height=call["height"], width=call["width"], output_type="latent",
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=g.inputs["pooled_prompt_embeds"],
+            latents=g.inputs["latents"].clone(),
+            num_inference_steps=call["num_inference_steps"],
+            guidance_scale=call["guidance_scale"],
+            height=call["height"],
+            width=call["width"],
+            output_type="latent",
         ).images
     clip_ids = torch.cat([g.inputs["clip_input_ids"], g.inputs["clip_item_input_ids"]])
     contextual, lone_clip = clip_states(clip, clip_ids, layer="penultimate")[0].split(1)
@@ -285,7 +300,9 @@ def clip_file(path: Path) -> None:
 
 def t5_file(path: Path) -> None:
     vocabulary = t5_tokenizer(path.parent).get_vocab()
-    assert [piece for piece, _ in json.loads(read_text(path))["vocab"]] == sorted(vocabulary, key=vocabulary.__getitem__)
+    assert [piece for piece, _ in json.loads(read_text(path))["vocab"]] == sorted(
+        vocabulary, key=vocabulary.__getitem__
+    )
 
 
 FILES = {"ranges.json": ranges, "tiny_clip_tokenizer.json": clip_file, "tiny_t5_tokenizer.json": t5_file}

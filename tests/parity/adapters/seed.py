@@ -28,8 +28,9 @@ from vistok.tokenizers.seed import (
     UnCLIPDecoder,
     interpolate_positions,
 )
-from vistok.tokenizers.seed.model import VisionTransformer, _relevant
+from vistok.tokenizers.seed.model import _relevant
 from vistok.tokenizers.seed.names import qformer_from_official, seed_from_official
+from vistok.tokenizers.seed.vision import VisionTransformer
 from vistok.tokens import VisualTokens
 
 SYSTEM = "seed"

@@ -1,7 +1,7 @@
 """Attribute directions: continuous, subject-specific attribute control (Baumann et al., CVPR 2025, arXiv 2403.17064).
 
 A delta is one vector an encoder; added to the states of the subject's tokens it turns one attribute of that subject up
-or down, continuously, without touching the diffusion model. In order of reading: `deltas` (the vectors, their files, and
+or down, continuously, without touching the diffusion model. In order of reading: `deltas` (vectors, their files, and
 the optimisation-free way to find one), `controller` (steering a pipeline), `learning` (distilling a direction from the
 denoiser).
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class AttributeDelta:
         InvalidInputError: for an empty delta, tensors that are no vectors, or values that are not finite.
     """
 
-    published: dict[str, Published] = {
+    published: ClassVar[dict[str, Published]] = {
         f"attribute-directions.{noun}_{attribute}": Published(
             name=f"attribute-directions.{noun}_{attribute}",
             system="attribute-directions",
@@ -147,7 +147,9 @@ class AttributeDelta:
         if Path(path).suffix != ".pt":
             raise InvalidInputError(f"a delta is saved as .safetensors or .pt, got {os.fspath(path)!r}")
         with atomic_path(path) as temporary:
-            torch.save({"delta": {key: value.cpu().contiguous() for key, value in self.state_dict().items()}}, temporary)
+            torch.save(
+                {"delta": {key: value.cpu().contiguous() for key, value in self.state_dict().items()}}, temporary
+            )
 
     @classmethod
     def tiny(cls, widths: Mapping[str, int], seed: int = 0) -> AttributeDelta:
@@ -303,9 +305,7 @@ class ContrastivePrompts:
 
     def _item(self, pair: int, prefix: int) -> PromptPair:
         phrases, start = self.pairs[pair], self.prefixes[prefix] + " "
-        return PromptPair(
-            start + phrases.target, start + phrases.positive, start + phrases.negative, phrases.pattern
-        )
+        return PromptPair(start + phrases.target, start + phrases.positive, start + phrases.negative, phrases.pattern)
 
 
 def _last_token(prompt: str, phrase: str, tokenizer: Any, length: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ class TrajectoryBank:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all trajectories as safetensors."""
-        tensors, names = {}, {}
+        tensors: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
         for number, (prompt, kept) in enumerate(self._kept.items()):
             names[str(number)] = prompt
             tensors |= {f"{number}.{index}": value for index, value in enumerate(kept)}
@@ -319,13 +321,15 @@ class DirectionLearner:
         embeds, pooled = self.encode([item.target])
         negative, negative_pooled = self.negative(1)
         path = self.denoiser.trajectory(
-            draws.latents.to(self.denoiser.device, self.denoiser.dtype), embeds, pooled, negative, negative_pooled,
+            draws.latents.to(self.denoiser.device, self.denoiser.dtype),
+            embeds,
+            pooled,
+            negative,
+            negative_pooled,
             self.settings.guidance_scale,
         )
-        latents = draws.latents
-        for done, latents in enumerate(path):
-            if done == wanted:
-                break
+        # The sampler does no step more than is asked for.
+        latents = next(islice(path, wanted, None))
         return latents, self.denoiser.timesteps[round(draws.time * (steps - 1))]
 
     @torch.no_grad()
@@ -335,7 +339,11 @@ class DirectionLearner:
             embeds, pooled = self.encode([item.target])
             negative, negative_pooled = self.negative(1)
             path = self.denoiser.trajectory(
-                draws.latents.to(self.denoiser.device, self.denoiser.dtype), embeds, pooled, negative, negative_pooled,
+                draws.latents.to(self.denoiser.device, self.denoiser.dtype),
+                embeds,
+                pooled,
+                negative,
+                negative_pooled,
                 self.settings.guidance_scale,
             )
             self.bank.add(item.target, torch.cat(list(path)[:-1]))
@@ -361,9 +369,7 @@ class DirectionLearner:
             estimates = self.denoiser.clean_estimate(latents.expand(3, *latents.shape[1:]), timestep, embeds, pooled)
             plain, positive, negative = estimates.float().chunk(3)
             target = plain + scales.reshape(shape) * (positive - negative)
-        moved, moved_pooled = self._shifted(
-            item, embeds[:1], None if pooled is None else pooled[:1], scales
-        )
+        moved, moved_pooled = self._shifted(item, embeds[:1], None if pooled is None else pooled[:1], scales)
         prediction = self.denoiser.clean_estimate(
             latents.expand(count, *latents.shape[1:]), timestep, moved, moved_pooled
         ).float()
@@ -446,7 +452,10 @@ class DirectionLearner:
             parameter.requires_grad_(False)
         try:
             bar = tqdm(
-                total=self.settings.steps, initial=self.step, desc="learning a direction", unit="step",
+                total=self.settings.steps,
+                initial=self.step,
+                desc="learning a direction",
+                unit="step",
                 disable=None if progress else True,
             )
             with bar:
@@ -472,8 +481,9 @@ class DirectionLearner:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "losses": self.losses,
-            "settings": {key: list(value) if isinstance(value, tuple) else value
-                         for key, value in asdict(self.settings).items()},
+            "settings": {
+                key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.settings).items()
+            },
         }
         with atomic_path(path) as temporary:
             torch.save(content, temporary)

@@ -107,7 +107,7 @@ class DeLeaker(Attachable):
         with DeLeaker(pipe, "a cat and a cheetah", ["cat", "cheetah"], max_sequence_length=256).attached(pipe):
             image = pipe("a cat and a cheetah", num_inference_steps=20, max_sequence_length=256).images[0]
 
-    Materialises the attention of changed blocks: memory grows with heads * (text + image tokens)^2. Two forward passes a
+    Materialises the attention of changed blocks: memory grows with heads * (text + image tokens)^2. Two passes a
     step (`true_cfg_scale` above 1) would be counted as two steps and are not supported.
 
     Args:
@@ -139,7 +139,9 @@ class DeLeaker(Attachable):
                 self.ranges[name] = (places[0], places[-1] + 1)
         for name, (first, last) in self.ranges.items():
             if not 0 <= first < last <= max_sequence_length:
-                raise InvalidInputError(f"the tokens ({first}, {last}) of {name!r} lie outside 0..{max_sequence_length}")
+                raise InvalidInputError(
+                    f"the tokens ({first}, {last}) of {name!r} lie outside 0..{max_sequence_length}"
+                )
         if len(self.ranges) < 2:
             raise InvalidInputError("leakage is between entities: give at least two")
         self._run = _Run()
@@ -154,9 +156,10 @@ class DeLeaker(Attachable):
         if type(network).__name__ != "FluxTransformer2DModel":
             raise InvalidInputError(f"DeLeaker works on FLUX, not on a {type(network).__name__}")
         self.reset()
-        blocks = [*enumerate(network.transformer_blocks), *(
-            (_DOUBLE + index, block) for index, block in enumerate(network.single_transformer_blocks)
-        )]
+        blocks = [
+            *enumerate(network.transformer_blocks),
+            *((_DOUBLE + index, block) for index, block in enumerate(network.single_transformer_blocks)),
+        ]
         for offset, block in blocks:
             before = block.attn.processor
             processor = _DeLeakerProcessor(self, offset, getattr(before, "_attention_backend", None))
@@ -298,7 +301,11 @@ class _DeLeakerProcessor:
         result = self.owner.attention(self.offset, query, key, value, tokens, attention_mask)
         if result is None:
             result = dispatch_attention_fn(
-                query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                backend=self._attention_backend,
                 parallel_config=self._parallel_config,
             )
         result = result.flatten(2, 3).to(query.dtype)

@@ -156,9 +156,7 @@ def detect_leakage(
         name = prompt[start:end]
         framed = [context.format(name) for context in contexts]
         encoded, _ = encode_prompts(text, [name, prompt, *framed])
-        places = [(start, end), *(
-            (context.index("{}"), context.index("{}") + len(name)) for context in contexts
-        )]
+        places = [(start, end), *((context.index("{}"), context.index("{}") + len(name)) for context in contexts)]
         distances = torch.zeros(len(places), dtype=torch.float64)
         slots = [slot for slot in text.encoders if slot.tokens]
         for slot in slots:

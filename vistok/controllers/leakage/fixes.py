@@ -3,12 +3,13 @@
 Letters: R rows (prompts), N token positions, D width, T tokens of the prompt.
 
 An item is a contiguous span of tokens that names one thing. Position i of a patched prompt holds its own state, or the
-state of an empty prompt at the same position, or the state that the item has when it is encoded alone. Nothing is masked
-and nothing gets shorter.
+state of an empty prompt at the same position, or the state that the item has when it is encoded alone. Nothing is
+masked and nothing gets shorter.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -82,7 +83,9 @@ def merge_positions(states: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor
     result = states.clone()
     for first, last in ranges:
         if not 0 <= first <= last < states.shape[1]:
-            raise InvalidInputError(f"the range [{first}, {last}] lies outside the sequence of {states.shape[1]} tokens")
+            raise InvalidInputError(
+                f"the range [{first}, {last}] lies outside the sequence of {states.shape[1]} tokens"
+            )
         result[:, first : last + 1] = states[:, first : last + 1].mean(dim=1, keepdim=True)
     return result
 
@@ -153,13 +156,93 @@ def lone_positions(prompt: TokenSpans, positions: Sequence[int], lone: TokenSpan
     return sources
 
 
-_DETERMINERS = "a an the this that these those his her its their my your our some two three four five six".split()
-_BREAKS = set(
-    "to of in on at by with from near under over above below behind beside between beneath inside outside into onto "
-    "through across against along around and or but while as is are was were be been next left right front top bottom "
-    "who which that where when wearing holding sitting standing running walking riding eating looking photo picture "
-    "image painting portrait drawing".split()
-)
+_DETERMINERS = [
+    "a",
+    "an",
+    "the",
+    "this",
+    "that",
+    "these",
+    "those",
+    "his",
+    "her",
+    "its",
+    "their",
+    "my",
+    "your",
+    "our",
+    "some",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+]
+_BREAKS = {
+    "to",
+    "of",
+    "in",
+    "on",
+    "at",
+    "by",
+    "with",
+    "from",
+    "near",
+    "under",
+    "over",
+    "above",
+    "below",
+    "behind",
+    "beside",
+    "between",
+    "beneath",
+    "inside",
+    "outside",
+    "into",
+    "onto",
+    "through",
+    "across",
+    "against",
+    "along",
+    "around",
+    "and",
+    "or",
+    "but",
+    "while",
+    "as",
+    "is",
+    "are",
+    "was",
+    "were",
+    "be",
+    "been",
+    "next",
+    "left",
+    "right",
+    "front",
+    "top",
+    "bottom",
+    "who",
+    "which",
+    "that",
+    "where",
+    "when",
+    "wearing",
+    "holding",
+    "sitting",
+    "standing",
+    "running",
+    "walking",
+    "riding",
+    "eating",
+    "looking",
+    "photo",
+    "picture",
+    "image",
+    "painting",
+    "portrait",
+    "drawing",
+}
 
 
 def noun_chunks(prompt: str) -> list[Characters]:
@@ -298,7 +381,7 @@ class LeakageFix(PromptController):
                     if alone or isinstance(self.items, Mapping):
                         raise
         ordered = sorted(set(found))
-        for (start, end), (following, last) in zip(ordered, ordered[1:], strict=False):
+        for (start, end), (following, last) in itertools.pairwise(ordered):
             if following < end:
                 raise InvalidInputError(
                     f"the items {prompt[start:end]!r} and {prompt[following:last]!r} overlap in {prompt!r}"
@@ -318,8 +401,10 @@ class LeakageFix(PromptController):
         for prompt in dict.fromkeys(prompts):
             for start, end in self.spans(prompt, alone=len(set(prompts)) == 1):
                 found.append(prompt[start:end])
-                if self.drop is not None and self.representative == "rule" and any(
-                    slot.kind == "t5" for slot in text.encoders
+                if (
+                    self.drop is not None
+                    and self.representative == "rule"
+                    and any(slot.kind == "t5" for slot in text.encoders)
                 ):
                     found.append(f"a photo of {prompt[start:end]}")
         return found
@@ -344,8 +429,8 @@ class LeakageFix(PromptController):
                     if prompt not in rows:
                         rows[prompt] = self._row(prompts, slot, row, pads, single)
                 edited = torch.stack([rows[prompt] for prompt in prompts.prompts])
-                states[slot.key] = edited if self.strength == 1.0 else torch.lerp(
-                    states[slot.key], edited, self.strength
+                states[slot.key] = (
+                    edited if self.strength == 1.0 else torch.lerp(states[slot.key], edited, self.strength)
                 )
             if self.pooled == "pads" and slot.pooled and pooled_pads is not None:
                 pooled[slot.key] = pooled_pads.to(pooled[slot.key]).expand_as(pooled[slot.key]).clone()

@@ -1,7 +1,7 @@
 """SCOP: spatial constraints-oriented pairing (CoMPaSS, Zhang et al., ICCV 2025, arXiv 2412.13195, section 3).
 
 Selects pairs of objects whose position in a picture is beyond doubt and writes captions for them. In order of reading:
-`constraints` (the rules), `annotations` (reading), `captions`, `engine` (writing data sets), `dataset` (training items).
+`constraints` (the rules), `annotations` (reading), `captions`, `engine` (writing data sets), `dataset` (items).
 """
 
 from __future__ import annotations

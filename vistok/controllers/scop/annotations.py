@@ -58,7 +58,8 @@ def iterate_json_arrays(stream: IO[str]) -> Iterator[tuple[str, Any]]:
         sign = peek()
         if sign not in signs:
             raise InvalidInputError(
-                f"{getattr(stream, 'name', 'the JSON')} is no annotation file: expected {' or '.join(signs)}, got {sign!r}"
+                f"{getattr(stream, 'name', 'the JSON')} is no annotation file: expected {' or '.join(signs)}, "
+                f"got {sign!r}"
             )
         place += 1
         return sign
@@ -75,8 +76,9 @@ def iterate_json_arrays(stream: IO[str]) -> Iterator[tuple[str, Any]]:
                 raise InvalidInputError(
                     f"{getattr(stream, 'name', 'the JSON')} is damaged or truncated: {error.msg}"
                 ) from error
-            # A number at the very end of a piece may go on in the next one.
-            if end == len(buffer) and isinstance(found, int | float) and more():
+            # A number that ends near the end of a piece may go on in the next one ("-1" of "-1.5e3").
+            number = isinstance(found, int | float) and not isinstance(found, bool)
+            if number and buffer[end : end + 3].strip("0123456789.eE+-") == "" and more():
                 continue
             place = end
             return found
@@ -135,7 +137,8 @@ class AnnotationFile:
 
     Args:
         path: COCO's `instances_*.json` (or `.json.gz`), a folder with `annotations/instances_*.json`, a zip that holds
-            it, or JSON lines (`.jsonl`): one image a line, `{"file_name", "width", "height", "boxes": [{"name", "bbox"}]}`.
+            it, or JSON lines (`.jsonl`), one image each: `file_name`, `width`, `height` and
+            `boxes`, a list of `{"name", "bbox"}`.
         split: which `instances_<split>.json` of a folder or zip.
         outside: what to do with boxes that lie wholly outside of their image: `skip` or `keep`. Boxes that reach beyond
             an edge are kept as they are, as the authors do; both are counted.
@@ -178,7 +181,7 @@ class AnnotationFile:
                 yield io.TextIOWrapper(raw, encoding="utf-8")
         elif self.path.suffix == ".gz":
             with gzip.open(self.path, "rt", encoding="utf-8") as text:
-                yield text  # type: ignore[misc]
+                yield text
         else:
             with open(self.path, encoding="utf-8") as text:
                 yield text
@@ -292,7 +295,9 @@ class AnnotationFile:
                 try:
                     entry = json.loads(line)
                     image = AnnotatedImage(
-                        entry.get("image_id", index), str(entry["file_name"]), float(entry["width"]),
+                        entry.get("image_id", index),
+                        str(entry["file_name"]),
+                        float(entry["width"]),
                         float(entry["height"]),
                     )
                     boxes = list(entry["boxes"])
@@ -310,8 +315,13 @@ class AnnotationFile:
                     category = ids.setdefault(name, len(ids) + 1)
                     self.categories[category] = name
                     box, _ = self._box(
-                        number, {"bbox": raw.get("bbox"), "image_id": index, "category_id": category,
-                                 "id": raw.get("id", number)}
+                        number,
+                        {
+                            "bbox": raw.get("bbox"),
+                            "image_id": index,
+                            "category_id": category,
+                            "id": raw.get("id", number),
+                        },
                     )
                     if box is not None and self._inside(box, image):
                         image.boxes.append(box)

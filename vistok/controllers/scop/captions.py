@@ -14,7 +14,9 @@ __all__ = ["DEFAULT_TEMPLATES", "article", "caption_of", "object_positions"]
 DEFAULT_TEMPLATES = ("a photo of {first} {relation} {second}",)
 
 # Vowels that are spoken as consonants, silent consonants, and letters that are spelled out.
-_CONSONANT_SOUND = re.compile(r"^(?:uni(?![nm][^aeiou])|use|usu|uti|uku|ura|uro|eu|ewe|one\b|once|ouija)", re.IGNORECASE)
+_CONSONANT_SOUND = re.compile(
+    r"^(?:uni(?![nm][^aeiou])|use|usu|uti|uku|ura|uro|eu|ewe|one\b|once|ouija)", re.IGNORECASE
+)
 _VOWEL_SOUND = re.compile(r"^(?:hour|honest|honou?r|heir|herb\b)", re.IGNORECASE)
 _SPELLED = re.compile(r"^(?:[A-Z]{2,}|[a-z]\b|[A-Z]\b|x-)")
 
@@ -51,8 +53,9 @@ def caption_of(first: str, relation: str, second: str, template: str = DEFAULT_T
     for place in ("{first}", "{relation}", "{second}"):
         if place not in template:
             raise InvalidInputError(f"the caption template {template!r} has no {place}")
-    text = template.format(first=article(first), relation=f" {relation}".replace(" to the", "").strip(),
-                           second=article(second))
+    text = template.format(
+        first=article(first), relation=f" {relation}".replace(" to the", "").strip(), second=article(second)
+    )
     return text
 
 

@@ -40,7 +40,11 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         values = (
-            self.min_area, self.visual_significance, self.spatial_clarity, self.minimal_overlap, self.size_balance
+            self.min_area,
+            self.visual_significance,
+            self.spatial_clarity,
+            self.minimal_overlap,
+            self.size_balance,
         )
         if any(not np.isfinite(value) or value < 0 for value in values):
             raise InvalidInputError(f"thresholds are finite numbers of at least 0, got {self}")
@@ -72,12 +76,12 @@ class PairTable:
     @property
     def kept(self) -> np.ndarray:
         """bool [P]: pairs that pass every rule."""
-        return self.verdicts.all(axis=1)
+        return np.asarray(self.verdicts.all(axis=1))
 
 
 @cache
 def _triangle(count: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.triu_indices(count, 1)  # type: ignore[return-value]
+    return np.triu_indices(count, 1)
 
 
 def pair_indices(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

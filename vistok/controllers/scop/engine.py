@@ -1,7 +1,7 @@
 """The data engine: annotations in, unambiguous captioned pairs out; resumable, and shared among processes.
 
-The images are cut into parts of a fixed number. A part is written under its name only when it is whole, so a run that was
-stopped continues with the next missing part, and several processes take every k-th part each.
+The images are cut into parts of a fixed number. A part is written under its name only when it is whole, so a run that
+was stopped continues with the next missing part, and several processes take every k-th part each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ class ScopReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ScopReport:
         """The opposite of `to_dict`."""
-        return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()})
+        plain: dict[str, Any] = {
+            name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()
+        }
+        return cls(**plain)
 
     def __str__(self) -> str:
         lines = [
@@ -249,12 +253,14 @@ class ScopEngine:
             if not (parts / f"{index:05d}.report.json").exists():
                 chosen = images[index * self.images_per_part : (index + 1) * self.images_per_part]
                 waiting[index] = select_pairs(chosen, self.annotations.categories, self.thresholds)
-        entries = self.annotations.full(
-            {number for records, _ in waiting.values() for record in records for number in record.numbers}
-        ) if waiting else {}
-        with tqdm(
-            waiting.items(), desc="spatial pairs", unit="part", disable=None if progress else True
-        ) as bar:
+        entries = (
+            self.annotations.full(
+                {number for records, _ in waiting.values() for record in records for number in record.numbers}
+            )
+            if waiting
+            else {}
+        )
+        with tqdm(waiting.items(), desc="spatial pairs", unit="part", disable=None if progress else True) as bar:
             for index, (records, report) in bar:
                 self._write_part(out, index, records, report, entries)
         total = ScopReport()
@@ -373,7 +379,5 @@ class ScopEngine:
                 shutil.copyfileobj(io.BytesIO(self._bytes(name)), file)
             return
         source = self._source(name).resolve()
-        try:
+        with suppress(FileExistsError):  # another process was faster
             target.symlink_to(os.path.relpath(source, target.parent.resolve()))
-        except FileExistsError:  # another process was faster
-            pass

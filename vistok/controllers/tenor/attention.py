@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.nn import functional
@@ -97,8 +97,7 @@ class _Constants:
             return self._kept[name]
         # Adapters that train outside of the module act through hooks.
         learning = torch.is_grad_enabled() and any(
-            module._forward_hooks or any(value.requires_grad for value in module.parameters())
-            for module in projections
+            module._forward_hooks or any(value.requires_grad for value in module.parameters()) for module in projections
         )
         if learning:
             return None
@@ -227,7 +226,7 @@ class _UNetProcessor:
 
 
 class _JointProcessor:
-    """Joint attention of FLUX (text first) and SD3 (image first) with the code on text queries and keys (section 2.3)."""
+    """Joint attention of FLUX (text first) and SD3 (image first) with the code on text queries and keys."""
 
     _parallel_config = None
 
@@ -320,7 +319,7 @@ def attention_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
             if type(module).__name__ == "Attention" and getattr(module, "is_cross_attention", False):
                 yield path.split("_")[0], module
     elif name in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
-        for block in network.transformer_blocks:  # type: ignore[union-attr]
+        for block in network.transformer_blocks:
             yield "joint", block.attn
     else:
         raise InvalidInputError(
@@ -345,8 +344,8 @@ class Tenor(Attachable):
         with Tenor().attached(pipe):
             image = pipe("a photo of a motorcycle right of a bear").images[0]
 
-    Works on pipelines and denoisers of Stable Diffusion 1.x/2.x, SDXL, SD3 and FLUX. It helps models that were fine-tuned
-    with it (`load_unet`, `FluxLowRankAdapters`); others it only perturbs.
+    Works on pipelines and denoisers of Stable Diffusion 1.x/2.x, SDXL, SD3 and FLUX. It helps models that were
+    fine-tuned with it (`load_unet`, `FluxLowRankAdapters`); others it only perturbs.
 
     Args:
         maps: keeps the cross-attention probabilities of UNets; None uses the fused attention.
@@ -363,9 +362,13 @@ class Tenor(Attachable):
             before = layer.processor
             stock = type(before).__name__
             if stock not in _STOCK:
-                what = "Tenor is attached already" if isinstance(before, _UNetProcessor | _JointProcessor) else (
-                    f"a layer uses {stock}, whose computation Tenor does not know; unload what installed it "
-                    "(IP-Adapter, PAG) first"
+                what = (
+                    "Tenor is attached already"
+                    if isinstance(before, _UNetProcessor | _JointProcessor)
+                    else (
+                        f"a layer uses {stock}, whose computation Tenor does not know; unload what installed it "
+                        "(IP-Adapter, PAG) first"
+                    )
                 )
                 raise InvalidInputError(f"cannot attach to this {type(network).__name__}: {what}")
             backend = getattr(before, "_attention_backend", None) or _STOCK[stock]
@@ -383,14 +386,15 @@ class Tenor(Attachable):
             # `upcast_attention`, which the fused attention of the other layers ignores.
             read_text = {id(layer) for _, layer in layers}
             for module in network.modules():
-                if type(module).__name__ == "Attention" and id(module) not in read_text:
-                    if type(module.processor).__name__ in _STOCK:
-                        handle.undo_with(setattr, module, "processor", module.processor)
-                        module.processor = AttnProcessor()
+                if type(module).__name__ != "Attention" or id(module) in read_text:
+                    continue
+                if type(module.processor).__name__ in _STOCK:
+                    handle.undo_with(setattr, module, "processor", module.processor)
+                    module.processor = AttnProcessor()
 
 
 def resized_mask(mask: Tensor, side: int) -> Tensor:
-    """float [..., side, side] of {0, 1}: any overlap with the mask [..., H, W] counts (bilinear with antialiasing, > 0)."""
+    """float [..., side, side] of {0, 1}: any overlap with the mask [..., H, W] counts (antialiased, > 0)."""
     small = functional.interpolate(
         mask.reshape(-1, 1, *mask.shape[-2:]).float(), size=(side, side), mode="bilinear", antialias=True
     )

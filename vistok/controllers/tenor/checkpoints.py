@@ -1,4 +1,4 @@
-"""Published weights: fine-tuned UNets, the FLUX adapter in its own layout, and FLUX itself in the layout of its authors.
+"""Published weights: fine-tuned UNets, the FLUX adapter in its own layout, and FLUX in its authors' layout.
 
 Letters: r rank, h hidden size of FLUX.
 """
@@ -193,7 +193,9 @@ class FluxLowRankAdapters(VistokModel, Attachable):
         settings = {"rank": 2, "hidden_size": 32, "num_double_blocks": 2, "single_block_indices": (1,)}
         return cls(**(settings | overrides))
 
-    def with_strength(self, strength: float, *, squared: bool = False, merge: bool | None = None) -> FluxLowRankAdapters:
+    def with_strength(
+        self, strength: float, *, squared: bool = False, merge: bool | None = None
+    ) -> FluxLowRankAdapters:
         """Sets how strongly the adapters act from the next attaching on.
 
         Args:
@@ -210,7 +212,7 @@ class FluxLowRankAdapters(VistokModel, Attachable):
         if type(network).__name__ != "FluxTransformer2DModel":
             raise InvalidInputError(f"these adapters belong to FLUX, not to a {type(network).__name__}")
         double, single = network.transformer_blocks, network.single_transformer_blocks
-        hidden = network.config.num_attention_heads * network.config.attention_head_dim  # type: ignore[union-attr]
+        hidden = network.config.num_attention_heads * network.config.attention_head_dim
         last = max(map(int, self.single_blocks), default=-1)
         if (hidden, len(double)) != (self.config.hidden_size, self.config.num_double_blocks) or last >= len(single):
             raise InvalidInputError(
@@ -335,8 +337,8 @@ def rename_flux(state: Mapping[str, Tensor], hidden_size: int) -> dict[str, Tens
         if parts[0] == "double_blocks":
             block, inner = f"transformer_blocks.{parts[1]}", parts[2]
             if inner in ("img_attn.qkv", "txt_attn.qkv"):
-                names = ("to_q", "to_k", "to_v") if inner.startswith("img") else (
-                    "add_q_proj", "add_k_proj", "add_v_proj"
+                names = (
+                    ("to_q", "to_k", "to_v") if inner.startswith("img") else ("add_q_proj", "add_k_proj", "add_v_proj")
                 )
                 for name, piece in zip(names, value.split(h), strict=True):
                     result[f"{block}.attn.{name}.{kind}"] = piece

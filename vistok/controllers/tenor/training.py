@@ -2,15 +2,15 @@
 
 Letters: B batch, H heads, S objects of a caption, N text positions, h and w sides of an attention map, L image tokens.
 
-UNets learn to denoise and, at four resolutions, to attend to each object's words where the object is (section 4.1); FLUX
-learns the plain flow objective (section 4.2).
+UNets learn to denoise and, at four resolutions, to attend to each object's words where the object is (section 4.1);
+FLUX learns the plain flow objective (section 4.2).
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,7 @@ class UNetObjective(nn.Module):
         else:
             raise InvalidInputError(f"the objective knows epsilon and v_prediction, not {kind!r}")
         self.maps.clear()
-        positions, masks = batch.get("token_positions"), batch.get("masks")
-        judged = positions is not None and masks is not None
+        judged = batch.get("token_positions") is not None and batch.get("masks") is not None
         extra = {"added_cond_kwargs": batch["added_cond_kwargs"]} if "added_cond_kwargs" in batch else {}
         checkpointing = bool(getattr(self.unet, "is_gradient_checkpointing", False)) and torch.is_grad_enabled()
         if judged and checkpointing:
@@ -151,6 +150,7 @@ class UNetObjective(nn.Module):
         terms: dict[str, Tensor] = {}
         token, pixel = zero, zero
         if judged:
+            positions, masks = batch["token_positions"], batch["masks"]
             for place in self.places(latents.shape[-1]):
                 layers = self.maps.maps.get(place)
                 if not layers:
@@ -201,7 +201,9 @@ def flux_schedule(steps: int, tokens: int | None = None, *, mu: float | None = N
     # Linear times in float32, as the authors draw them; the shift in double precision.
     times = torch.linspace(1, 0, steps + 1)
     factor = math.exp(mu)
-    return torch.where(times > 0, factor / (factor + (1 / times.clamp_min(1e-30) - 1)), torch.zeros_like(times)).double()
+    return torch.where(
+        times > 0, factor / (factor + (1 / times.clamp_min(1e-30) - 1)), torch.zeros_like(times)
+    ).double()
 
 
 def flux_training_times() -> Tensor:
@@ -210,7 +212,7 @@ def flux_training_times() -> Tensor:
 
 
 def pack_latents(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens [B, L, 4 C], ids [L, 3]) of latents [B, C, H, W]: 2 x 2 cells become tokens; ids hold (0, row, column)."""
+    """(tokens [B, L, 4 C], ids [L, 3]) of latents [B, C, H, W]: 2 x 2 cells become tokens; ids are (0, row, column)."""
     if latents.shape[-1] % 2 or latents.shape[-2] % 2:
         raise InvalidInputError(f"FLUX packs 2 x 2 cells; got latents of {list(latents.shape[-2:])}")
     rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
@@ -379,8 +381,8 @@ def fine_tune(
 
     Args:
         objective: `UNetObjective` or `FluxObjective`; its trainable parameters train.
-        batches: see the objective's `training_loss`. Started again when it is used up (shuffle it yourself; with several
-            processes give each its own share).
+        batches: see the objective's `training_loss`. Started again when it is used up (shuffle it yourself; with
+            several processes give each its own share).
         settings: see there.
         checkpoint: file (`.pt`); an existing one is resumed.
         on_step: called with (step, losses).
@@ -432,7 +434,10 @@ def fine_tune(
     for _ in range(step * settings.accumulation):  # what the run had read before
         next(stream)
     bar = tqdm(
-        total=settings.steps, initial=step, desc="fine-tuning", unit="step",
+        total=settings.steps,
+        initial=step,
+        desc="fine-tuning",
+        unit="step",
         disable=True if not progress or not accelerator.is_main_process else None,
     )
     with bar:
@@ -469,7 +474,7 @@ def fine_tune(
     return losses
 
 
-def _endless(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]] | Any:
+def _endless(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     while True:
         empty = True
         for batch in batches:

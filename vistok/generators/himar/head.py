@@ -7,13 +7,15 @@ D channels of the condition, h width, S diffusion steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vistok.nn import diffusion
 from vistok.nn.diffusion import ancestral_step, cosine_process
-from vistok.nn.diffusion_head import FinalLayer, TimestepEmbedding, modulate
+from vistok.nn.diffusion_head import FinalLayer, TimestepEmbedding, modulate, modulated_steps
 from vistok.nn.masked import patchify
 from vistok.nn.sampling import Generators
 from vistok.nn.vit import SelfAttention, ViTMLP
@@ -52,15 +54,16 @@ class DiTBlock(nn.Module):
         self.mlp = ViTMLP(width, int(width * mlp_ratio), approximate="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """x and SiLU(condition), both [R, N, h]."""
-        shifts_scales_gates = self.adaLN_modulation[1](activated).chunk(6, dim=-1)
-        for branch, (shift, scale, gate) in zip(
-            (self.attn, self.mlp), (shifts_scales_gates[:3], shifts_scales_gates[3:])
-        ):
-            normed = functional.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
-            x = torch.addcmul(x, gate, branch(modulate(normed, shift, scale)))
-        return x
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [R, N, h] and what `adaLN_modulation[1]` makes of SiLU(condition), [R, N, 6 h]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = torch.addcmul(x, gate1, self.attn(modulate(normalised(x), shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(modulate(normalised(x), shift2, scale2)))
+
+
+def normalised(x: Tensor) -> Tensor:
+    """LayerNorm without weights."""
+    return functional.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
 class DiffusionTransformer(nn.Module):
@@ -114,18 +117,23 @@ class DiffusionTransformer(nn.Module):
         """States [B, C, H, W] to the blocks' input [B, N, h]."""
         return self.x_embedder(patchify(x, self.patch_size).to(self.pos_embed.dtype)) + self.pos_embed
 
-    def denoise(self, x: Tensor, activated: Tensor) -> Tensor:
-        """Embedded states and SiLU(condition), both [R, N, h], to noise [R, C, H, W]."""
-        for block in self.blocks:
-            x = block(x, activated)
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """What the layers make of embedded conditions [..., h]: [..., 6 h] a block and [..., 2 h] at the end."""
+        activated = functional.silu(condition)
+        return [layer.adaLN_modulation[1](activated) for layer in (*self.blocks, self.final_layer)]
+
+    def denoise(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """Embedded states [R, N, h] and what `modulations` gives, to noise [R, C, H, W]."""
+        for block, modulation in zip(self.blocks, modulations):
+            x = block(x, modulation)
         (rows, cols), side = self.tokens, self.patch_size
-        cut = self.final_layer(x, activated).unflatten(-1, (side, side, self.channels)).unflatten(1, (rows, cols))
+        cut = self.final_layer(x, modulations[-1]).unflatten(-1, (side, side, self.channels)).unflatten(1, (rows, cols))
         return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.channels, rows * side, cols * side)
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Noise [R, C, H, W] from noisy latents of that shape, timesteps int64 [R] and conditions [R, N, D p p]."""
-        activated = functional.silu(self.t_embedder(timesteps)[:, None] + self.c_embedder(condition))
-        return self.denoise(self.embed(x), activated)
+        embedded = self.t_embedder(timesteps)[:, None] + self.c_embedder(condition)
+        return self.denoise(self.embed(x), self.modulations(embedded))
 
 
 class TransformerHead(nn.Module):
@@ -233,13 +241,13 @@ class TransformerHeadSampler:
         embedded = net.c_embedder(condition)
         start = diffusion.gaussian_noise(shape, generator, device)
         x = start
-        for step, time in zip(self.steps, self.times):
+        for step, modulations in zip(self.steps, modulated_steps(net.modulations, embedded, self.times)):
             if known is not None and unknown is not None:
                 x = torch.where(unknown, x, torch.add(known * step.signal, start, alpha=step.noise))
             states = net.embed(x)
             if guidance_scale is not None:
                 states = torch.cat([states, states])
-            eps = net.denoise(states, functional.silu(embedded + time)).float()
+            eps = net.denoise(states, modulations).float()
             if guidance_scale is not None:
                 with_condition, without = eps.chunk(2)
                 eps = torch.lerp(without, with_condition, guidance_scale)

@@ -13,6 +13,8 @@ SIZES = {
     "h": (1280, 20, 16, (12, 1536), (12, 768, 12)),
 }
 PARAMETERS = {"b": 244_468_016, "l": 529_228_336, "h": 1_090_572_592}
+# What the authors evaluate with: (steps of the dense phase, guidance scale of the image, of the pivots)
+SAMPLING = {"b": (4, 2.5, 2.7), "l": (4, 3.5, 3.5), "h": (12, 3.2, 5.5)}
 # The authors' constructor argument -> ours.
 OFFICIAL_NAMES = {
     "vae_embed_dim": "latent_channels",
@@ -85,6 +87,14 @@ def published_checkpoints() -> dict[str, Published]:
             num_tokens=256,
             preprocessing="centre crop, [-1, 1]",
             tokenizer="kl16.mar",
+            sampling={
+                "guidance_scale": SAMPLING[size][1],
+                "pivot_guidance_scale": SAMPLING[size][2],
+                "guidance_schedule": "linear",
+                "temperature": 1.0,
+                "num_inference_steps": SAMPLING[size][0],
+                "num_diffusion_steps": 100,
+            },
             parameters=PARAMETERS[size],
         )
     return entries

@@ -27,8 +27,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vistok.errors import InvalidInputError, InvalidOutputError
+from vistok.errors import InvalidInputError
 from vistok.nn import diffusion, flow, sampling
+from vistok.nn.conditions import check_labels
+from vistok.nn.continuous import FiniteCheck, known_values
 from vistok.nn.diffusion_head import TimestepEmbedding
 from vistok.nn.flow import FlowSchedule
 from vistok.nn.masked import patchify
@@ -51,6 +53,8 @@ MOST_CALLS = 8
 
 # name -> (width, blocks of each half, heads)
 SIZES = {"b": (768, 8, 12), "l": (1024, 16, 16), "h": (1280, 20, 16)}
+# What the authors recommend: (steps an entity, guidance scale at the last one)
+SAMPLING = {"b": (40, 2.7), "l": (50, 2.3), "h": (50, 2.2)}
 PARAMETERS = {"b": 172_638_224, "l": 608_397_968, "h": 1_186_024_096}
 
 OFFICIAL_NAMES = {
@@ -93,6 +97,12 @@ def _published() -> dict[str, Published]:
             num_tokens=256,
             preprocessing="ADM centre crop, [-1, 1]",
             tokenizer="kl16.mar",
+            sampling={
+                "guidance_scale": SAMPLING[size][1],
+                "guidance_schedule": "linear",
+                "num_inference_steps": SAMPLING[size][0],
+                "solver": "euler_maruyama",
+            },
             parameters=PARAMETERS[size],
         )
     return entries
@@ -446,16 +456,7 @@ class XAR(VistokModel):
     # ------------------------------------------------------------------------------------------------------ sampling
     def check_condition(self, condition: Tensor) -> Tensor:
         """Class labels int64 [B] on the model's device, or an InvalidInputError that says what was expected."""
-        if not isinstance(condition, Tensor) or condition.dtype != torch.int64 or condition.ndim != 1:
-            is_tensor = isinstance(condition, Tensor)
-            given = f"{condition.dtype} {list(condition.shape)}" if is_tensor else type(condition).__name__
-            raise InvalidInputError(f"XAR is class-conditional: give class labels as int64 [B], not {given}")
-        if not len(condition):
-            raise InvalidInputError("no class labels were given; expected at least one")
-        low, high = int(condition.min()), int(condition.max())
-        if low < 0 or high >= self.num_classes:
-            raise InvalidInputError(f"class labels must lie in 0..{self.num_classes - 1}; got {low}..{high}")
-        return condition.to(self.device)
+        return check_labels(condition, self.num_classes, "XAR").to(self.device)
 
     def check_settings(self, generator: Generators, batch: int, **settings: Any) -> None:
         """Raise InvalidInputError, saying what is allowed, if a setting of `sample` for `batch` images is out of range.
@@ -590,7 +591,7 @@ class XAR(VistokModel):
             context=unknown[-1] > 0,
         )
         sequence = layout.to_sequence(features)
-        damaged = torch.zeros((), dtype=torch.bool, device=device)
+        check = FiniteCheck(device)
         places, decided = layout.places.to(device), known.to(device)
         index, total = 0, sum(len(schedules[entity]) for entity in unknown)
         for entity in range(unknown[-1] + 1):
@@ -606,13 +607,7 @@ class XAR(VistokModel):
                     x = state.x.float()
                     changed = torch.empty(0, dtype=torch.int64)
                     if last:
-                        damaged |= ~torch.isfinite(x).all()
-                        finished = index + 1 == total
-                        if (finished or not x.is_cuda) and bool(damaged):
-                            raise InvalidOutputError(
-                                "the model produced NaN or infinite tokens; its weights are damaged or its floating "
-                                "point type is too narrow: reload the checkpoint, or load it with dtype=torch.float32"
-                            )
+                        check(x, last=index + 1 == total)
                         if layout.scales is None or entity + 1 == len(spans):
                             changed = layout.places[start:stop].clone()
                             decided = decided.index_fill(0, places[start:stop], True)
@@ -655,37 +650,15 @@ class XAR(VistokModel):
         Raises:
             InvalidInputError: if the prefix does not fit, or its known tokens are no whole entities.
         """
-        rows, cols = grid
-        features = torch.zeros(batch, rows, cols, self.token_size, device=self.device)
-        known = torch.zeros(rows, cols, dtype=torch.bool)
-        if prefix is None:
-            return features.flatten(1, 2), known.flatten()
-        if prefix.features is None or prefix.grid is None or len(prefix) != batch:
-            raise InvalidInputError(
-                f"prefix must hold features of {batch} images with a grid; got {len(prefix)} images, features "
-                f"{'missing' if prefix.features is None else 'given'}, grid {prefix.grid}"
-            )
-        high, wide = prefix.grid
-        if high > rows or wide > cols or prefix.features.shape[2] != self.token_size:
-            raise InvalidInputError(
-                f"the prefix has {high}x{wide} tokens of {prefix.features.shape[2]} channels; expected at most "
-                f"{rows}x{cols} tokens of {self.token_size}"
-            )
-        given = torch.ones(high * wide, dtype=torch.bool)
-        if prefix.mask is not None:
-            given = prefix.mask[0].cpu()
-            if not bool((prefix.mask.cpu() == given).all()):
-                raise InvalidInputError("the known tokens of a prefix must be the same in every image of the batch")
-        values = torch.where(given[:, None].to(self.device), prefix.features.to(self.device).float(), 0.0)
-        if not bool(torch.isfinite(values).all()):
-            raise InvalidInputError("the prefix contains NaN or infinity")
-        known[:high, :wide] = given.view(high, wide)
-        features[:, :high, :wide] = values.view(batch, high, wide, -1)
-        layout, flat = self.layout, known.flatten()
+        features, known = known_values(prefix, batch, grid, self.token_size, self.device)
+        flat = known[0]
+        if not bool((known == flat).all()):
+            raise InvalidInputError("the known tokens of a prefix must be the same in every image of the batch")
+        layout = self.layout
         if layout.scales is not None:
             if bool(flat.any()) and not bool(flat.all()):
                 raise InvalidInputError("scales cover the whole image: a prefix must be complete, or absent")
-            return features.flatten(1, 2), flat
+            return features, flat
         for start, stop in pairwise(layout.starts):
             held = flat[layout.places[start:stop]]
             if bool(held.any()) and not bool(held.all()):
@@ -693,4 +666,4 @@ class XAR(VistokModel):
                     f"the known tokens must make up whole entities (here: {self.config.entity}, {stop - start} tokens "
                     "each); part of one is known"
                 )
-        return features.flatten(1, 2), flat
+        return features, flat

@@ -7,12 +7,12 @@ from typing import Any
 from vistok.errors import InvalidInputError
 from vistok.pruners.hosts.base import Host, TowerAttention, Visual
 from vistok.pruners.hosts.llava import Llava, LlavaNext, LlavaOnevision
-from vistok.pruners.hosts.qwen import Qwen2_5VL, Qwen3VL
+from vistok.pruners.hosts.qwen import Qwen2_5VL, Qwen2VL, Qwen3VL
 from vistok.pruners.hosts.shuffled import InternVL, SmolVLM
 
 __all__ = ["HOSTS", "Host", "TowerAttention", "Visual", "find_host", "register_host"]
 
-HOSTS: list[type[Host]] = [Llava, LlavaNext, LlavaOnevision, Qwen2_5VL, Qwen3VL, InternVL, SmolVLM]
+HOSTS: list[type[Host]] = [Llava, LlavaNext, LlavaOnevision, Qwen2VL, Qwen2_5VL, Qwen3VL, InternVL, SmolVLM]
 """The known families; `register_host` adds one."""
 
 

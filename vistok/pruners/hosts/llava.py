@@ -74,11 +74,15 @@ class LlavaNext(Llava):
 
     def visuals(self, capture: Capture, output: Any) -> list[Visual]:
         found, start = [], 0
-        arguments = capture.arguments
-        for count, tokens, size in zip(self.view_counts(capture), output.pooler_output, arguments["image_sizes"]):
+        # Only what packing needs: the report keeps it, and must not keep the pixels.
+        options = {
+            name: capture.arguments.get(name) for name in ("vision_feature_select_strategy", "vision_aspect_ratio")
+        }
+        sizes = capture.arguments["image_sizes"]
+        for count, tokens, size in zip(self.view_counts(capture), output.pooler_output, sizes):
 
             def pack(views: list[Tensor], newline: float, size: Tensor = size) -> Tensor:
-                return self.pack(torch.stack(list(views)), size, newline, arguments)
+                return self.pack(torch.stack(list(views)), size, newline, options)
 
             found.append(
                 Visual("image", len(tokens), range(start, start + count), (self.side, self.side), pack, single=False)

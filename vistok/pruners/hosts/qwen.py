@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: four patches a token, rotary positions on three axes that are never renumbered."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: four patches a token, rotary positions on three axes that are never renumbered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vistok.errors import InvalidInputError
 from vistok.pruners.hosts.base import Capture, Host, TowerAttention, Visual, concatenated
 
-__all__ = ["Qwen2_5VL", "Qwen3VL"]
+__all__ = ["Qwen2VL", "Qwen2_5VL", "Qwen3VL"]
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class Qwen3VL(Host):
     def grids(self, capture: Capture) -> list[list[int]]:
         """Frames, rows and columns of patches of every image or video."""
         name = "video_grid_thw" if capture.kind == "video" else "image_grid_thw"
-        grid = capture.arguments.get(name, capture.arguments.get("image_grid_thw"))
-        return grid.tolist()
+        given = capture.arguments
+        return given[name if name in given else "image_grid_thw"].tolist()
 
     def read_attention(self, module: nn.Module, arguments: dict[str, Any]) -> list[TowerAttention]:
         hidden = arguments["hidden_states"]
@@ -103,6 +103,13 @@ class Qwen3VL(Host):
             f"{self.name} receives patches instead of pictures, so the entropy of pixels is not available; use "
             "entropy_weight=0"
         )
+
+
+class Qwen2VL(Qwen3VL):
+    """`Qwen2VLForConditionalGeneration`: full attention in every tower layer, no deepstack."""
+
+    model_types = ("qwen2_vl",)
+    name = "Qwen2-VL"
 
 
 class Qwen2_5VL(Qwen3VL):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def fold(values: Tensor, factor: int) -> Tensor:
 class InternVL(Host):
     """`InternVLForConditionalGeneration`: every tile is a visual of its own, the thumbnail comes last."""
 
-    model_types = ("internvl",)
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     name = "InternVL"
 
     @property

@@ -86,9 +86,12 @@ class RegisterEncoder(nn.Module):
         return functional.adaptive_avg_pool1d(self.registers.t(), count).t()
 
     def embed(self, latents: Tensor) -> Tensor:
-        """Latents [B, Z, h, w] as patches with positions [B, h / p, w / p, D]."""
+        """Latents [B, Z, h, w] as patches with positions [B, h / p, w / p, D].
+
+        Under autocast the sum is in the positions' type, float32, and so is the residual stream that begins here.
+        """
         patches = self.patch_embedding(latents)
-        return patches + self.positions(patches.shape[1:3]).permute(0, 2, 3, 1).to(patches.dtype)
+        return patches + self.positions(patches.shape[1:3]).permute(0, 2, 3, 1)
 
     def features(self, latents: Tensor, count: int) -> Tensor:
         """The first `count` registers after the last block, [B, count, D]."""
@@ -320,7 +323,7 @@ class FlowDecoder(nn.Module):
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Codes [B, k, C] of the first k registers as rows with positions [B, k, D]."""
         rows = self.code_embedding(codes.to(self.code_embedding.weight.dtype))
-        return rows + self.register_positions.full()[:, :, : rows.shape[1]].transpose(1, 2).to(rows.dtype)
+        return rows + self.register_positions.full()[:, :, : rows.shape[1]].transpose(1, 2)
 
     def registers(self, codes: Tensor, lengths: Sequence[int], dropped: Sequence[bool] | None = None) -> Registers:
         """The condition of B samples.
@@ -342,7 +345,7 @@ class FlowDecoder(nn.Module):
             bias = None
             if min(kept[member] for member in members) < total:
                 null = torch.tensor([gone[member] for member in members], device=device)
-                filler = torch.where(null[:, None, None], self.null_token, self.mask_token).to(tokens.dtype)
+                filler = torch.where(null[:, None, None], self.null_token, self.mask_token)
                 tokens = torch.cat([filler, tokens], dim=1)
                 bias = _group_bias([kept[member] for member in members], longest, total)
                 bias = None if bias is None else bias.to(device)
@@ -367,7 +370,7 @@ class FlowDecoder(nn.Module):
     def embed(self, x_t: Tensor) -> Tensor:
         """Noisy latents [B, Z, h, w] as patches with positions [B, h / p, w / p, D]."""
         patches = self.patch_embedding(x_t)
-        return patches + self.positions(patches.shape[1:3]).permute(0, 2, 3, 1).to(patches.dtype)
+        return patches + self.positions(patches.shape[1:3]).permute(0, 2, 3, 1)
 
     def forward(
         self,

@@ -965,7 +965,7 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _own_config(path: Path) -> Mapping[str, Any] | None:
     """The authors' configuration in the header of a file, or in a `config.json` beside it; None if there is neither."""
-    own = None
+    own: Mapping[str, Any] | None = None
     if path.suffix == ".safetensors" and path.is_file():
         own = official.parse_metadata(_safetensors_metadata(path))
     beside = path.with_name("config.json")

@@ -45,6 +45,8 @@ KNOWN_SECTION_CLASSES = {
     "flow_matching_noise_module": {"MinRFNoiseModule"},
     "pipeline": {"MinRFPipeline"},
 }
+# Arguments that give a module weights begin so.
+SIZES = ("dim", "channels", "max_sizes", "n_max", "hidden", "size", "num_", "depth", "patch")
 PERMUTATIONS = {"channels_first_to_last", "channels_last_to_first"}
 
 
@@ -98,7 +100,15 @@ def _check_known(section: str, modules: Mapping[str, Any]) -> dict[str, list[Map
             by_class.setdefault(kind, []).append(node)
         elif kind == "PerSampleOp" and _class_of(node.get("per_sample_op") or {}) not in PERMUTATIONS:
             unknown.append(f"{name}: {(node.get('per_sample_op') or {}).get('_target_', '(none)')}")
-        elif kind not in WIRING and not name.startswith(("dec_repa", "enc_repa")):
+        elif kind in WIRING or name.startswith(("dec_repa", "enc_repa")):
+            continue
+        elif not any(argument.startswith(SIZES) for argument in node):
+            warnings.warn(
+                f"{section}.{name} is a {node.get('_target_', 'module without _target_')}, unknown to FlexTok: "
+                "it has no size, so no weights, and is left out",
+                stacklevel=5,
+            )
+        else:
             unknown.append(f"{name}: {node.get('_target_', '(no _target_)')}")
     if unknown:
         raise InvalidInputError(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from .language import ImageLanguageModel, ImageVocabulary, SequenceBuilder, extend_language_model
-from .model import SEED, STAGES, SEEDStage, interpolate_positions
+from .model import SEED
 from .qformer import QFormer
-from .unclip import UnCLIPDecoder, UnCLIPStep
+from .training import STAGES, SEEDStage
+from .unclip import PromptDecoder, UnCLIPDecoder, UnCLIPStep
+from .vision import interpolate_positions
 
 __all__ = [
     "SEED",
     "STAGES",
     "ImageLanguageModel",
     "ImageVocabulary",
+    "PromptDecoder",
     "QFormer",
     "SEEDStage",
     "SequenceBuilder",

@@ -8,7 +8,8 @@ Papers: "Planting a SEED of Vision in Large Language Model", arXiv 2307.08041 (S
 embeddings), and "Making LLaMA SEE and Draw with SEED Tokenizer", arXiv 2310.01218 (SEED-2).
 Origin of the weights: AILab-CVC/SEED (Apache-2.0); the vision transformer is EVA-CLIP's ViT-g as BLIP-2 uses it.
 
-Top to bottom: configuration and network; pictures to codes and back; the two training stages; the authors' files.
+Top to bottom: configuration and network; pictures to codes and back; the two training objectives; the authors' files.
+The networks, the stages' hyper-parameters, the unCLIP decoder and the language side are the neighbours of this file.
 
 Shape letters: B pictures, S patches and class token, n queries (and codes of a picture), D width of the Q-Former,
 C channels of a code, K codes, E image embedding.
@@ -16,11 +17,9 @@ C channels of a code, K codes, E image embedding.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,14 +35,16 @@ from vistok.files import open_image, read_state_dict
 from vistok.kernels.nearest_code import nearest_code
 from vistok.nn.model import VistokModel
 from vistok.nn.vit import ViTBlock
-from vistok.registry import Published, unknown_name
+from vistok.registry import Published
+from vistok.tokenizers.pictures import check_pixels, postprocess_images
 from vistok.tokenizers.transforms import to_tensor, to_uint8
 from vistok.tokens import VisualTokens
 
 from .names import QFORMERS, TEXT_HEAD_NAMES, seed_from_official, seed_to_official
 from .qformer import QFormer
+from .vision import VisionTransformer, interpolate_positions
 
-__all__ = ["SEED", "STAGES", "SEEDStage", "interpolate_positions"]
+__all__ = ["SEED"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,117 +52,6 @@ VISION_FILE = "eva_vit_g.pth"
 VISION_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 MLP_HEAD = (256, 128, 32)
 LABEL_SMOOTHING = 0.1
-
-
-class VisionTransformer(nn.Module):
-    """EVA's vision transformer: pre-norm blocks, learned positions, no final norm."""
-
-    def __init__(self, image_size: int, patch_size: int, size: int, num_layers: int, num_heads: int, mlp_size: int):
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, size, patch_size, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, size))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        # The authors have no bias for the keys: its third of the joined bias is zero.
-        self.blocks = nn.ModuleList(ViTBlock(size, num_heads, mlp_size, norm_eps=1e-6) for _ in range(num_layers))
-
-    def forward(self, pixels: Tensor, states: list[Tensor] | None = None) -> Tensor:
-        """[B, 3, H, W] to [B, S, size], class token first; `states` collects the output of every block."""
-        patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.to(patches).expand(len(patches), -1, -1), patches], dim=1)
-        x = x + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-            if states is not None:
-                states.append(x)
-        return x
-
-
-def interpolate_positions(table: Tensor, positions: int) -> Tensor:
-    """A position table [1, 1 + g^2, D] for another square grid: bicubic, the class row is copied.
-
-    Args:
-        table: learned positions, class token first.
-        positions: wanted number of rows, class token included.
-    """
-    side, wanted = math.isqrt(table.shape[1] - 1), math.isqrt(positions - 1)
-    if side * side != table.shape[1] - 1 or wanted * wanted != positions - 1:
-        raise InvalidInputError(
-            f"position tables of square grids have g^2 + 1 rows; got {table.shape[1]} and {positions}"
-        )
-    if side == wanted:
-        return table
-    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = functional.interpolate(grid, (wanted, wanted), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
-
-
-@dataclass(frozen=True)
-class SEEDStage:
-    """Hyper-parameters of a training stage, as published.
-
-    Attributes:
-        init_rate, min_rate, warmup_rate: learning rates of AdamW. It rises from the last to the first over
-            `warmup_steps` steps of epoch 0, and from epoch 1 on falls once an epoch as a cosine to the second.
-        batch_size: pictures a step on each of 64 GPUs.
-        epochs: passes over the data.
-        prefixes: parameters that learn begin with one of these.
-    """
-
-    init_rate: float
-    min_rate: float
-    warmup_rate: float
-    batch_size: int
-    epochs: int
-    prefixes: tuple[str, ...]
-    warmup_steps: int = 2000
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def learning_rate(self, epoch: int, step: int) -> float:
-        """The rate at a step (from 0) of an epoch (from 0)."""
-        if epoch == 0:
-            rise = min(1.0, step / max(1, self.warmup_steps))
-            return self.warmup_rate + (self.init_rate - self.warmup_rate) * rise
-        return self.min_rate + 0.5 * (self.init_rate - self.min_rate) * (1 + math.cos(math.pi * epoch / self.epochs))
-
-    def prepare(self, model: SEED) -> torch.optim.AdamW:
-        """Freeze what does not learn (its dropout, too) and make the optimizer."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(self.prefixes) and not name.startswith("qformer.lm_"))
-        model.train(model.training)
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                exempt = parameter.ndim < 2 or "bias" in name or "norm" in name
-                (plain if exempt else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.init_rate, betas=self.betas)
-
-
-STAGES = {
-    "contrastive": SEEDStage(
-        3e-5, 3e-6, 3e-7, 64, 10, ("qformer.", "query_tokens", "vision_norm.", "text_proj.", "vision_proj.", "temp")
-    ),
-    "codebook": SEEDStage(
-        1e-4,
-        1e-5,
-        1e-6,
-        256,
-        500,
-        (
-            "codebook",
-            "encode_task_layer.",
-            "decode_task_layer.",
-            "reconstruction_",
-            "image_",
-            "reverse_",
-            "embedding_proj.",
-        ),
-    ),
-}
 
 
 def _published() -> dict[str, Published]:
@@ -411,12 +301,7 @@ class SEED(VistokModel):
                 f"images must be float [B, 3, {side}, {side}] in [-1, 1]; got {images.dtype} {list(images.shape)}: "
                 "use preprocess()"
             )
-        if images.numel():
-            low, high = (float(value) for value in torch.aminmax(images))
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise InvalidInputError("images contain NaN or infinite pixels")
-            if max(-low, high) > 16:
-                raise InvalidInputError(f"images must lie in [-1, 1]; got {low:.4g}..{high:.4g}: use preprocess()")
+        check_pixels(images)
 
     def _require_codebook(self) -> None:
         if self.config.head is None:
@@ -557,18 +442,7 @@ class SEED(VistokModel):
             images: [B, 3, H, W], about [-1, 1].
             output_type: "pil", "uint8" ([B, H, W, 3]), "np" (float [B, H, W, 3] in [0, 1]) or "pt" ([B, 3, H, W]).
         """
-        if not bool(torch.isfinite(images).all()):
-            raise InvalidOutputError("the decoded images contain NaN or infinite pixels: check the weights")
-        scaled = (images.detach().float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "pil":
-            return [Image.fromarray(pixels) for pixels in to_uint8(images).cpu().numpy()]
-        if output_type == "uint8":
-            return to_uint8(images)
-        if output_type == "np":
-            return scaled.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pt":
-            return scaled
-        raise InvalidInputError(f"output_type must be 'pil', 'np', 'pt' or 'uint8'; got {output_type!r}")
+        return postprocess_images(images, output_type, to_uint8)
 
     # ---- objectives
 
@@ -651,8 +525,11 @@ class SEED(VistokModel):
         self._require_codebook()
         if not self.config.reconstruction:
             raise InvalidInputError("training needs reconstruction=True")
+        training = self.qformer.training
+        self.qformer.eval()  # frozen in this stage: dropout would only blur the target
         with torch.no_grad():
             target = self.causal_embeddings(pixels)
+        self.qformer.train(training)
         quantized, embed, ids = self.quantize(self.project(target))
         states = self.decode_task_layer(quantized.to(target.dtype))
         rebuilt = states + self.reconstruction_position
@@ -697,12 +574,7 @@ class SEED(VistokModel):
         Raises:
             CheckpointError: naming every missing, unexpected or misshapen key.
         """
-        if isinstance(config, str):
-            if config not in cls.published:
-                raise unknown_name(f"{cls.__name__} checkpoint", config, cls.published)
-            arguments = dict(cls.published[config].config)
-        else:
-            arguments = cls.config_from_official(config)
+        arguments = cls.arguments_for(config)
         sources = [source] if isinstance(source, Mapping | str | os.PathLike) else list(source)
         state: dict[str, Any] = {}
         for one in sources:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from vistok.attach import Handle
 from vistok.errors import InvalidInputError, InvalidOutputError
 
-__all__ = ["UnCLIPDecoder", "UnCLIPStep"]
+__all__ = ["PromptDecoder", "UnCLIPDecoder", "UnCLIPStep"]
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "image_normalizer", "image_noising_scheduler")
 
@@ -280,6 +280,61 @@ class UnCLIPDecoder:
             latents = step.latents
         assert latents is not None
         return self.paint(latents)
+
+
+class PromptDecoder:
+    """Paints SEED-1's text-like embeddings: they take the place of a prompt of Stable Diffusion 1.
+
+    Args:
+        pipeline: a diffusers pipeline that takes `prompt_embeds`, such as `StableDiffusionPipeline`.
+        negative_prompt: text of the other half of the guidance.
+    """
+
+    def __init__(self, pipeline: Any, negative_prompt: str = "") -> None:
+        self.pipeline, self.negative_prompt = pipeline, negative_prompt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        embeddings: Tensor,
+        *,
+        negative: Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        **settings: Any,
+    ) -> Tensor:
+        """Embeddings [B, T, D] to pictures [B, 3, H, W] in [-1, 1].
+
+        Args:
+            embeddings: of `SEED(head="text")`.
+            negative: of what to stay away from; None is the negative prompt.
+            generator: one for all pictures, or one a picture.
+            num_inference_steps, guidance_scale, settings: arguments of the pipeline.
+
+        Raises:
+            InvalidInputError: for embeddings of another shape.
+        """
+        if embeddings.ndim != 3:
+            raise InvalidInputError(
+                f"expected text-like embeddings [B, T, D] (head='text'); got {list(embeddings.shape)}: image "
+                "embeddings are painted by UnCLIPDecoder"
+            )
+        dtype = next(self.pipeline.unet.parameters()).dtype
+        given: dict[str, Any] = {"prompt_embeds": embeddings.to(dtype)}
+        if negative is None:
+            given["negative_prompt"] = [self.negative_prompt] * len(embeddings)
+        else:
+            given["negative_prompt_embeds"] = negative.to(dtype)
+        images = self.pipeline(
+            **given,
+            generator=generator if generator is None or isinstance(generator, torch.Generator) else list(generator),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="pt",
+            **settings,
+        ).images
+        return images * 2 - 1
 
 
 class _Shortcuts:

@@ -27,12 +27,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
-from vistok.files import open_image, read_state_dict
+from vistok.files import read_state_dict
 from vistok.kernels.nearest_code import nearest_code
 from vistok.nn.conv import ConvDecoder, ConvEncoder, merge_attention_keys, run_tiled, split_attention_keys
 from vistok.nn.model import VistokModel
 from vistok.registry import Published
-from vistok.tokenizers.transforms import center_crop, to_tensor, to_uint8
+from vistok.tokenizers.pictures import (
+    Pictures,
+    check_images,
+    padded_picture,
+    postprocess_images,
+    preprocess_images,
+)
+from vistok.tokenizers.transforms import to_uint8
 from vistok.tokens import VisualTokens
 
 from .names import OFFICIAL_ARGUMENTS, OFFICIAL_PRESETS, OFFICIAL_TO_OURS, OURS_TO_OFFICIAL, VQ8, VQ16
@@ -52,6 +59,16 @@ class VQModelOutput:
 
     sample: Tensor
     quantization: QuantizerOutput
+
+    @property
+    def bottleneck_loss(self) -> Tensor:
+        """Scalar, the losses of the quantiser, ready to be added to a mean error of pixels."""
+        return self.quantization.loss
+
+    @property
+    def usage(self) -> Tensor | None:
+        """Fraction of the codebook in use, where it is measured."""
+        return self.quantization.usage
 
 
 @dataclass(frozen=True)
@@ -282,7 +299,7 @@ class VQModel(VistokModel):
             InvalidInputError: wrong shape, channels, size, type or range; NaN or infinite pixels.
             InvalidOutputError: if the encoder produces NaNs.
         """
-        self._check_images(images)
+        check_images(images, self.config.in_channels, self.downsample_factor)
         factor = self.downsample_factor
         if self.tile_size is not None and max(images.shape[-2:]) > self.tile_size:
             z = run_tiled(self.encode_features, images, self.tile_size, self.tile_overlap, factor, enlarge=False)
@@ -372,36 +389,9 @@ class VQModel(VistokModel):
         """Encode and decode whole images again."""
         self.tile_size, self.tile_overlap = None, 0
 
-    def _check_images(self, images: Tensor) -> None:
-        channels, factor = self.config.in_channels, self.downsample_factor
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise InvalidInputError(f"images must be [B, {channels}, H, W]; got {list(images.shape)}")
-        if not images.is_floating_point():
-            raise InvalidInputError(f"images must be floating point in [-1, 1]; got {images.dtype}: use preprocess()")
-        height, width = images.shape[-2:]
-        if height % factor or width % factor or not height or not width:
-            low = [max(side // factor, 1) * factor for side in (height, width)]
-            high = [max(-(-side // factor), 1) * factor for side in (height, width)]
-            raise InvalidInputError(
-                f"height and width must be divisible by {factor}; got {height}x{width}: the nearest valid sizes are "
-                f"{low[0]}x{low[1]} and {high[0]}x{high[1]} (preprocess() crops; reconstruct() takes any size)"
-            )
-        if images.numel():
-            low_value, high_value = (float(value) for value in torch.aminmax(images))
-            if not (math.isfinite(low_value) and math.isfinite(high_value)):
-                raise InvalidInputError("images contain NaN or infinite pixels")
-            if max(-low_value, high_value) > 16.0:
-                raise InvalidInputError(
-                    f"images must lie in [-1, 1]; got {low_value:.4g}..{high_value:.4g}: scale them with preprocess()"
-                )
-
     # ---- pictures
 
-    def preprocess(
-        self,
-        images: Image.Image | str | os.PathLike[str] | Sequence[Image.Image | str | os.PathLike[str]],
-        size: int | tuple[int, int] | None = None,
-    ) -> Tensor:
+    def preprocess(self, images: Pictures, size: int | tuple[int, int] | None = None) -> Tensor:
         """Pictures to a batch that `encode` accepts.
 
         Args:
@@ -416,30 +406,7 @@ class VQModel(VistokModel):
         Raises:
             InvalidInputError: unreadable pictures, pictures smaller than a token, or unequal sizes without `size`.
         """
-        factor = self.downsample_factor
-        listed = [images] if isinstance(images, (Image.Image, str, os.PathLike)) else list(images)
-        if not listed:
-            raise InvalidInputError("preprocess() needs at least one image")
-        pictures = [open_image(item) for item in listed]
-        if size is None:
-            sizes = sorted({(picture.height, picture.width) for picture in pictures})
-            if len(sizes) > 1:
-                shown = ", ".join(f"{height}x{width}" for height, width in sizes[:4])
-                raise InvalidInputError(f"a batch needs images of one size; got {shown}: give size=")
-            height, width = (side // factor * factor for side in sizes[0])
-            if not height or not width:
-                raise InvalidInputError(
-                    f"the image has {sizes[0][0]}x{sizes[0][1]} pixels; at least {factor}x{factor} are needed: "
-                    "give size="
-                )
-            left, top = (sizes[0][1] - width) // 2, (sizes[0][0] - height) // 2
-            pictures = [picture.crop((left, top, left + width, top + height)) for picture in pictures]
-        else:
-            target = (size, size) if isinstance(size, int) else (size[0], size[1])
-            if any(side < factor or side % factor for side in target):
-                raise InvalidInputError(f"size must be a multiple of {factor}, at least {factor}; got {size}")
-            pictures = [center_crop(picture, target) for picture in pictures]
-        return torch.stack([to_tensor(picture) for picture in pictures])
+        return preprocess_images(images, size, self.downsample_factor)
 
     def postprocess(self, images: Tensor, output_type: str = "pil") -> Any:
         """Images [B, 3, H, W] in [-1, 1] to pictures.
@@ -452,19 +419,7 @@ class VQModel(VistokModel):
         Raises:
             InvalidOutputError: if there are NaNs.
         """
-        images = images.detach()
-        if not bool(torch.isfinite(images).all()):
-            raise InvalidOutputError("the decoded images contain NaN or infinite pixels: check the model's weights")
-        if output_type == "pil":
-            return [Image.fromarray(pixels) for pixels in to_uint8(images).cpu().numpy()]
-        if output_type == "uint8":
-            return to_uint8(images)
-        scaled = (images.float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return scaled
-        if output_type == "np":
-            return scaled.permute(0, 2, 3, 1).cpu().numpy()
-        raise InvalidInputError(f"output_type must be 'pil', 'np', 'pt' or 'uint8'; got {output_type!r}")
+        return postprocess_images(images, output_type, to_uint8)
 
     @torch.no_grad()
     def reconstruct(self, image: Image.Image | str | os.PathLike[str], *, tile_size: int | None = None) -> Image.Image:
@@ -477,19 +432,15 @@ class VQModel(VistokModel):
             tile_size: side of the tiles in pixels (see `enable_tiling`); None tiles pictures above 1024x1024 pixels by
                 512, or as `enable_tiling` was told.
         """
-        pixels = to_tensor(open_image(image)).unsqueeze(0).to(self.device)
-        height, width = pixels.shape[-2:]
         factor = self.downsample_factor
-        padding = (-width % factor, -height % factor)
-        reflect = padding[0] < width and padding[1] < height
-        padded = F.pad(pixels, (0, padding[0], 0, padding[1]), mode="reflect" if reflect else "replicate")
+        padded, (height, width) = padded_picture(image, factor)
         before = (self.tile_size, self.tile_overlap)
         if tile_size is None and before[0] is None and height * width > 1024 * 1024:
             tile_size = -(-512 // factor) * factor
         try:
             if tile_size is not None:
                 self.enable_tiling(tile_size, tile_size // factor // 8 * factor)
-            decoded = self.decode(self.encode(padded))
+            decoded = self.decode(self.encode(padded.to(self.device)))
         finally:
             self.tile_size, self.tile_overlap = before
         return self.postprocess(decoded[..., :height, :width])[0]
