@@ -241,9 +241,9 @@ def _folder(name: str) -> Path | None:
 
 def _refuse_file(path: Path) -> NoReturn:
     """A file alone does not say what it is."""
-    held = [entry for entry in published().values() if entry.hub_file is not None]
-    exact = [entry.name for entry in held if Path(entry.hub_file).name == path.name]
-    names = exact or [entry.name for entry in held if Path(entry.hub_file).stem == path.stem] or ["nar-l.imagenet256"]
+    held = {name: Path(entry.hub_file) for name, entry in published().items() if entry.hub_file is not None}
+    names = [name for name, file in held.items() if file.name == path.name]
+    names = names or [name for name, file in held.items() if file.stem == path.stem] or ["nar-l.imagenet256"]
     raise InvalidInputError(
         f"{path} is a file; say which published checkpoint it is: vistok.load({names[0]!r}, checkpoint={str(path)!r})"
         + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vistok.cli import main
+from vistok.tokenizers.kl import KLModel
 from vistok.tokenizers.vq import VQModel
 from vistok.tokens import VisualTokens
 
@@ -229,3 +230,20 @@ def test_generate_says_what_a_model_lacks(
     assert words in message
     assert "Traceback" not in message
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_continuous_tokens_go_there_and_back(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    KLModel.tiny().save_pretrained(tmp_path / "kl")
+    file, picture, model = str(tmp_path / "tokens.safetensors"), str(tmp_path / "back.png"), str(tmp_path / "kl")
+    assert main(["encode", str(photo), "--model", model, "--size", "32", "-o", file]) == 0
+    assert "1 x 256 tokens (16, 16), 4 numbers each" in " ".join(capsys.readouterr().out.split())
+    assert VisualTokens.load(file).features.shape == (1, 256, 4)
+    assert main(["decode", file, "--model", model, "-o", picture]) == 0
+    assert Image.open(picture).size == (32, 32)
+    capsys.readouterr()
+    assert main(["reconstruct", str(photo), "--model", model, "-o", picture, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["tokens"], report["bits_per_pixel"]) == (19 * 25, None)
+    assert main(["decode", file, "--model", "vq.tiny", "-o", picture]) == 2
+    assert "continuous features" in capsys.readouterr().err

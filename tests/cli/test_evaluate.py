@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from vistok.cli import main
-from vistok.generators import NAR
+from vistok.generators import NAR, XAR, HiMAR
 from vistok.metrics import ShapesFeatures
-from vistok.tokenizers import VQModel
+from vistok.tokenizers import KLModel, VQModel
 
 
 @pytest.fixture
@@ -60,6 +60,29 @@ def test_a_generator_is_judged_and_pictured(models: Path, capsys: pytest.Capture
     assert "guidance scale 1.5, temperature 0.5, top k 1, top p 1.0, seed 0" in printed
     with Image.open(models / "out" / "class.png") as picture:
         assert picture.height == 16
+
+
+@pytest.mark.parametrize(("system", "said"), [("xar", "solver euler_maruyama"), ("himar", "temperature 1.0")])
+def test_continuous_tokens_are_judged(
+    system: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    KLModel.tiny().save_pretrained(tmp_path / "kl")
+    generator = {"xar": XAR, "himar": HiMAR}[system].tiny(num_classes=64, grid=(8, 8))
+    generator.save_pretrained(tmp_path / system)
+    facts = {"system": system, "tokenizer": str(tmp_path / "kl"), "sampling": {"guidance_scale": 1.5}}
+    (tmp_path / system / "vistok.json").write_text(json.dumps(facts))
+    ShapesFeatures.tiny().save_pretrained(tmp_path / "features")
+    shared = ["--num-samples", "2", "--fid", str(tmp_path / "features"), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", str(tmp_path / system), *shared, "--num-inference-steps", "2"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "guidance scale 1.5, guidance schedule linear" in printed
+    assert "num inference steps 2" in printed
+    assert said in printed
+    assert "top k" not in printed
+    if system == "xar":
+        assert main(["evaluate", str(tmp_path / "kl"), *shared]) == 0
+        assert "PSNR" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

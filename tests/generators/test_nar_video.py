@@ -18,11 +18,9 @@ from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
 from vistok.generators.nar import NAR
 from vistok.generators.nar_video import NARVideo
 from vistok.generators.pipeline import GenerationPipeline
-from vistok.nn.proximity import proximity_order
 from vistok.tokenizers.larp import LARP
 from vistok.tokens import VisualTokens
 
-CPU = torch.device("cpu")
 FRAMES = {"num_classes": None, "num_condition_tokens": 13}  # a frame of 3x4 and the separator
 LABELS = torch.tensor([3, 0, 9])
 
@@ -45,26 +43,7 @@ def rows_per_call(model: NARVideo, **settings: Any) -> list[int]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------ decoding order
-@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 3, 2), (3, 1, 1), (2, 3, 4), (4, 2, 3), (5,)])
-def test_the_decoding_order_against_its_definition(grid: tuple[int, ...]) -> None:
-    axes = len(grid)
-    raster = list(itertools.product(*map(range, grid)))
-    cells = sorted(raster, key=lambda cell: (sum(cell), cell))
-    order = proximity_order(grid, CPU)
-    assert order.order.tolist() == [raster.index(cell) for cell in cells]
-    for place, cell in enumerate(cells):
-        existing = sum(side > 0 for side in cell)
-        for head, axis in enumerate(reversed(range(axes))):
-            neighbour = int(order.neighbours[head, place])
-            nearer = tuple(side - (index == axis) for index, side in enumerate(cell))
-            assert (cells[neighbour] == nearer) if cell[axis] else neighbour == -1
-            share = 1 / axes if existing == 0 else (cell[axis] > 0) / existing
-            assert float(order.shares[head, place]) == pytest.approx(share)
-        assert order.starts[sum(cell)] <= place < order.starts[sum(cell) + 1]
-    assert order.starts[-1] == len(cells)
-
-
+# ------------------------------------------------------------------------------------------ steps and logits
 def test_steps_are_planes() -> None:
     model = build()
     steps = list(model.sample(torch.tensor([1]), generator=seeds(0)))
@@ -88,7 +67,6 @@ def test_steps_are_planes() -> None:
     assert step.tokens.grid is None
 
 
-# ------------------------------------------------------------------------------------------ logits
 @pytest.mark.parametrize("overrides", [{}, {"num_kv_heads": 2}, {"fixed_positions": True}, FRAMES, {"grid": (3, 2, 2)}])
 def test_cached_logits_equal_teacher_forcing(overrides: dict[str, Any]) -> None:
     model = build(**overrides)

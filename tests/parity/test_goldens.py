@@ -13,6 +13,10 @@ from tests.parity.check import REPOSITORY, check, collect, find, main, other_fil
 
 COMMITTED = REPOSITORY / "tests" / "golden"
 SHARED = REPOSITORY.parent / "shared" / "golden"
+# What a file asks for but does not determine: the negative prompt of `sd15_sample` is an encoding of the empty prompt,
+# and the file holds neither that nor the text encoder. Everything else in it is compared.
+UNDETERMINED = {"sd15_sample": "cfg_default_negative.sample: not computed"}
+MAX_COMMITTED_BYTES = 10 * 2**20
 
 
 def replayable(folder: Path) -> list[Path]:
@@ -52,7 +56,11 @@ def label(path: Path) -> str:
 @pytest.mark.parametrize("path", [*replayable(COMMITTED), *replayable(SHARED)], ids=label)
 def test_golden(path: Path) -> None:
     result = check(path)
-    assert result.passed, str(result)
+    assert result.passed or result.reason == UNDETERMINED.get(path.stem), str(result)
+
+
+def test_the_committed_files_stay_light() -> None:
+    assert sum(path.stat().st_size for path in COMMITTED.rglob("*") if path.is_file()) <= MAX_COMMITTED_BYTES
 
 
 def test_a_case_of_every_adapter_is_committed() -> None:

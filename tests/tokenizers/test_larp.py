@@ -350,6 +350,19 @@ def test_parts_that_no_published_tokenizer_has_are_refused() -> None:
             LARP.tiny(**arguments)
 
 
+def test_bfloat16_codes_and_trains() -> None:
+    model = build(prior_layers=1)
+    half = LARP.from_official(model.to_official(), _own(model)).to(torch.bfloat16)
+    tokens = half.encode(clips())
+    assert half.decode(tokens).dtype == torch.bfloat16
+    assert half.quantizer(half.encode_features(clips()), stochastic=False).quantized.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.train().training_loss({"videos": clips()}, generator=torch.Generator().manual_seed(0))
+    losses["loss"].backward()
+    full = model.training_loss({"videos": clips()}, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses["loss"], full["loss"], rtol=0.05, atol=0.0)
+
+
 def test_saved_models_load_again(tmp_path: Path) -> None:
     model = build(prior_layers=1)
     model.save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ def encode(
     as_json: Annotated[bool, typer.Option("--json", help="Print facts as JSON.")] = False,
 ) -> None:
     """Encode pictures into a file of tokens."""
-    from vistok.cli.pictures import load_tokenizer
+    from vistok.cli.pictures import codebook_size, load_tokenizer
     from vistok.errors import InvalidInputError
 
     tokenizer = load_tokenizer(model)
@@ -33,20 +33,20 @@ def encode(
 
     tokens = tokenizer.encode(torch.cat(pixels))
     tokens.save(output)
-    codebook_size = tokenizer.config.codebook_size
-    bits = int(tokens.bits(codebook_size)[0])
+    codes = codebook_size(tokenizer)
+    bits = None if codes is None else int(tokens.bits(codes)[0])
+    channels = None if tokens.features is None else tokens.features.shape[2]
     report = {
         "output": str(output),
         "images": len(tokens),
         "grid": list(tokens.grid or ()),
         "tokens_per_image": tokens.num_tokens,
-        "codebook_size": codebook_size,
+        "codebook_size": codes,
         "bits_per_image": bits,
+        "token_size": channels,
     }
     if as_json:
         typer.echo(json.dumps(report))
     else:
-        typer.echo(
-            f"{output}: {len(tokens)} x {tokens.num_tokens} tokens {tokens.grid}, {bits / 8:.0f} bytes an image "
-            f"({codebook_size} codes)"
-        )
+        size = f"{channels} numbers each" if bits is None else f"{bits / 8:.0f} bytes an image ({codes} codes)"
+        typer.echo(f"{output}: {len(tokens)} x {tokens.num_tokens} tokens {tokens.grid}, {size}")

@@ -34,6 +34,9 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
     top_k: Annotated[int | None, typer.Option(help="[default: the checkpoint's own]")] = None,
     top_p: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Model steps, where they can be chosen [default: the checkpoint's own]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 50,
     output: Annotated[
@@ -53,7 +56,13 @@ def evaluate(
 
     folder = output if output is not None else Path("evaluation") / Path(model).name
     network = load(model)
-    given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_inference_steps": num_inference_steps,
+    }
     sampling = {name: value for name, value in given.items() if value is not None}
     album = _Album()
     with stages() as on_progress:

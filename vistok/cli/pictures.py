@@ -61,6 +61,11 @@ def load_tokenizer(name: str) -> Any:
     return network
 
 
+def codebook_size(tokenizer: Any) -> int | None:
+    """Codes of a tokenizer; None for continuous tokens."""
+    return tokenizer.config.get("codebook_size") or getattr(tokenizer, "codebook_size", None)
+
+
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Any]:
     """A bar with rate and time left on stderr, silent when that is not a terminal; yields `advance(count=1)`."""

@@ -20,7 +20,7 @@ def reconstruct(
     """Encode and decode a picture, and say how much was lost (PSNR in dB, 8-bit pixels)."""
     import numpy as np
 
-    from vistok.cli.pictures import grid_of, load_tokenizer, save_picture
+    from vistok.cli.pictures import codebook_size, grid_of, load_tokenizer, save_picture
     from vistok.files import open_image
 
     original = open_image(image)
@@ -31,14 +31,17 @@ def reconstruct(
     save_picture(grid_of([original, result], columns=2) if side_by_side else result, output)
     factor = tokenizer.downsample_factor
     tokens = -(-original.width // factor) * -(-original.height // factor)
-    bits = tokens * math.log2(tokenizer.config.codebook_size)
+    codes = codebook_size(tokenizer)
+    pixels = original.width * original.height
+    rate = None if codes is None else round(tokens * math.log2(codes) / pixels, 4)
     report = {
         "output": str(output),
         "psnr": None if math.isinf(psnr) else round(psnr, 3),
         "tokens": tokens,
-        "bits_per_pixel": round(bits / (original.width * original.height), 4),
+        "bits_per_pixel": rate,
     }
     if as_json:
         typer.echo(json.dumps(report))
     else:
-        typer.echo(f"{output}: {psnr:.2f} dB from {tokens} tokens ({report['bits_per_pixel']} bits a pixel)")
+        size = f"of {tokenizer.token_size} numbers" if rate is None else f"({rate} bits a pixel)"
+        typer.echo(f"{output}: {psnr:.2f} dB from {tokens} tokens {size}")

@@ -219,8 +219,10 @@ SAMPLER_DEFAULTS = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_
 
 def sampler_settings(pipeline: Any, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every setting of the sampler: what is asked for, else the checkpoint's default, else the plain distribution."""
+    plain = getattr(pipeline.generator, "sampling_defaults", SAMPLER_DEFAULTS)
     own = pipeline.config.get("sampling") or {}
-    return {**SAMPLER_DEFAULTS, **own, **(sampling or {})}
+    settings = {**plain, **own, **(sampling or {})}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def describe_sampling(sampling: Mapping[str, Any]) -> str:
@@ -391,7 +393,7 @@ def evaluate_generator(
 def _requests(pipeline: Any, count: int) -> dict[str, list[int] | list[str]]:
     """What to ask of a generator, by kind."""
     config = pipeline.generator.config
-    if config.caption_dim is not None:
+    if config.get("caption_dim") is not None:
         return {"one_object": single_captions(count), "two_objects": relation_captions(count)}
     if config.num_classes != len(CLASS_NAMES):
         raise InvalidInputError(

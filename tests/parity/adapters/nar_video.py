@@ -191,7 +191,8 @@ def train_tokenizer(g: Any) -> dict[str, Tensor]:
         "loss_commit": losses["commitment"],
         "loss_q": losses["quantizer"],
         "total": losses["loss"],
-        **{f"grad.{name}": value for name, value in official.items()},
+        # Patches of single frames have no time axis in the authors' code.
+        **{f"grad.{name}": value.view_as(g.weights[name]) for name, value in official.items()},
     }
     return {**outputs, "loss_latent_ce": losses["prior"]} if "prior" in losses else outputs
 

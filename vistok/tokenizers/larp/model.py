@@ -403,7 +403,8 @@ class LARP(VistokModel):
             counts = remaining == 0 or config.prior_averages_rounds
             with torch.set_grad_enabled(torch.is_grad_enabled() and counts):
                 predicted = self.prior(inputs[:, :-1].to(self.prior.pos_emb.dtype)).float()
-                logits = F.linear(predicted, codes) / config.prior_temperature
+                with torch.autocast(predicted.device.type, enabled=False):
+                    logits = F.linear(predicted, codes) / config.prior_temperature
             if counts:
                 losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
             if remaining:
