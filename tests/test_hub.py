@@ -225,7 +225,7 @@ def test_a_shipped_generator_of_continuous_tokens_is_a_pipeline(
     monkeypatch.setattr(hub, "ASSETS", tmp_path)
     names = [f"thing {number}" for number in range(10)]
     ship(tmp_path / "kl-lab", KLModel.tiny(scaling_factor=0.8), system="kl", kind="tokenizer", licence="mit")
-    generator = {"system": "mar", "kind": "generator", "tokenizer": "kl-lab", "class_names": names}
+    generator = {"system": "mar", "kind": "generator", "tokenizer": "kl-lab", "class_names": names, "image_size": 8}
     settings = {"guidance_scale": 2.0, "num_inference_steps": 3, "num_diffusion_steps": 2}
     ship(tmp_path / "mar-lab", MAR.tiny(scaling_factor=0.8), **generator, sampling=settings)
     ship(tmp_path / "mar-odd", MAR.tiny(scaling_factor=0.2325), **generator)
@@ -247,6 +247,10 @@ def test_a_shipped_generator_of_continuous_tokens_is_a_pipeline(
     assert seen == [3, 3, 3]
     with pytest.raises(InvalidInputError, match=r"scaled by 0\.2325, but KLModel scales by 0\.8"):
         hub.load_pipeline("mar-odd")
+    coarse = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    wrong = KLModel.tiny(scaling_factor=0.8, block_out_channels=(8, 8, 8), **coarse)
+    with pytest.raises(InvalidInputError, match=r"8x8 pixels, but KLModel decodes them to 16x16 \(4 pixels a token\)"):
+        hub.load_pipeline("mar-lab", tokenizer=wrong)
     with pytest.raises(InvalidInputError, match=r"MAR writes continuous tokens, but VQModel decodes ids"):
         hub.load_pipeline("mar-lab", tokenizer="vq.tiny")
 

@@ -4,7 +4,8 @@ What a name can be; the first that fits decides:
 
 1. a shipped name: `nar-shapes`.
 2. `system.tiny`: a random flavour that builds in milliseconds, always with the same weights.
-3. a folder: `./my-model`, written by `save_pretrained`, by the export of a training run, or by transformers (texts).
+3. a folder: `./my-model`, written by `save_pretrained` (ours, or diffusers' of an `AutoencoderKL`), by the export of a
+   training run, or by transformers (texts).
 4. a published name: `nar-l.imagenet256` downloads the authors' file (or takes `checkpoint=`) and loads it strictly.
 5. `org/repository` or `hub:org/repository`: a repository on the Hub in the format of 3.
 """
@@ -461,6 +462,7 @@ def load_pipeline(
         text_tokenizer=None if text is None else text.tokenizer,
         class_names=facts.get("class_names"),
         sampling=facts.get("sampling"),
+        image_size=facts.get("image_size"),
     )
 
 

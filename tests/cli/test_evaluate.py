@@ -80,9 +80,15 @@ def test_continuous_tokens_are_judged(
     assert "num inference steps 2" in printed
     assert said in printed
     assert "top k" not in printed
-    if system == "xar":
-        assert main(["evaluate", str(tmp_path / "kl"), *shared]) == 0
-        assert "PSNR" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_a_codebook_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    KLModel.tiny().save_pretrained(tmp_path / "kl")
+    arguments = ["evaluate", str(tmp_path / "kl"), "--num-samples", "2", "--fid", "none"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "psnr" in printed
+    assert "codebook" not in printed
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,22 @@ from typing import Annotated, Any
 import typer
 
 import vistok
-from vistok.cli import data, decode, encode, env, evaluate, generate, models, reconstruct, reproduce, train
+from vistok.cli import (
+    data,
+    decode,
+    encode,
+    env,
+    eval_pruners,
+    evaluate,
+    generate,
+    models,
+    prune,
+    reconstruct,
+    reproduce,
+    scop,
+    steer,
+    train,
+)
 
 
 def _version(value: bool) -> None:
@@ -37,8 +52,12 @@ def build() -> Any:
     app.command()(encode.encode)
     app.command()(decode.decode)
     app.command()(reconstruct.reconstruct)
+    app.command()(steer.steer)
+    app.command()(scop.scop)
     app.command()(train.train)
     app.command()(evaluate.evaluate)
+    app.command()(prune.prune)
+    app.add_typer(eval_pruners.app, name="eval")
     app.command()(reproduce.reproduce)
     app.add_typer(data.app, name="data")
     app.command()(env.env)

@@ -27,6 +27,20 @@ def grid_of(images: Sequence[Image.Image], columns: int | None = None, gap: int 
     return sheet
 
 
+def with_titles(sheet: Image.Image, titles: Sequence[str], gap: int = 2) -> Image.Image:
+    """A sheet of `grid_of` with a title above each column."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width = (sheet.width + gap) // len(titles)
+    size = max(8, min(18, width // 6))
+    titled = Image.new("RGB", (sheet.width, sheet.height + 2 * size), "white")
+    titled.paste(sheet, (0, 2 * size))
+    draw, font = ImageDraw.Draw(titled), ImageFont.load_default(size)
+    for column, title in enumerate(titles):
+        draw.text((column * width + (width - gap) / 2, size), title, fill="black", font=font, anchor="mm")
+    return titled
+
+
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write a picture atomically; the suffix chooses the format.
 

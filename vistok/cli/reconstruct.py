@@ -21,10 +21,16 @@ def reconstruct(
     import numpy as np
 
     from vistok.cli.pictures import codebook_size, grid_of, load_tokenizer, save_picture
+    from vistok.errors import InvalidInputError
     from vistok.files import open_image
 
     original = open_image(image)
     tokenizer = load_tokenizer(model)
+    if not hasattr(tokenizer, "reconstruct"):
+        raise InvalidInputError(
+            f"{model} is a {type(tokenizer).__name__}, which does not give back a picture in its own size"
+            + (": use vistok encode --tokens" if hasattr(tokenizer, "decode_prefixes") else "")
+        )
     result = tokenizer.reconstruct(original)
     error = float(((np.asarray(original, dtype=np.float64) - np.asarray(result, dtype=np.float64)) ** 2).mean())
     psnr = math.inf if error == 0 else 10 * math.log10(255**2 / error)

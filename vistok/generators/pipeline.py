@@ -517,7 +517,8 @@ def _check_parts(generator: Any, tokenizer: Any, image_size: int | None) -> None
         )
     rows, cols = generator.grid
     factor = tokenizer.downsample_factor
-    if image_size is not None and image_size != max(rows, cols) * factor:
+    sequence = rows == 1  # of FlexTok's ordered tokens, which lie on no grid
+    if image_size is not None and not sequence and image_size != max(rows, cols) * factor:
         raise InvalidInputError(
             f"{writer} writes {rows}x{cols} tokens for images of {image_size}x{image_size} pixels, but {reader} "
             f"decodes them to {rows * factor}x{cols * factor} ({factor} pixels a token); load the tokenizer that the "

@@ -393,7 +393,7 @@ def evaluate_generator(
 def _requests(pipeline: Any, count: int) -> dict[str, list[int] | list[str]]:
     """What to ask of a generator, by kind."""
     config = pipeline.generator.config
-    if config.get("caption_dim") is not None:
+    if getattr(config, "caption_dim", None) is not None:
         return {"one_object": single_captions(count), "two_objects": relation_captions(count)}
     if config.num_classes != len(CLASS_NAMES):
         raise InvalidInputError(

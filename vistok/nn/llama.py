@@ -17,6 +17,7 @@ from torch.nn import functional
 from vistok.errors import InvalidInputError
 from vistok.nn import sampling
 from vistok.nn.cache import KVCache
+from vistok.nn.conditions import check_labels, check_text
 from vistok.nn.model import VistokModel
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rope import grid_rotation
@@ -242,37 +243,12 @@ class LlamaNetwork(VistokModel):
     # ------------------------------------------------------------------------------------------------------ sampling
     def check_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
         """The condition on the model's device, or an InvalidInputError that says what was expected."""
+        name = type(self).__name__
         if self.is_text_conditional:
-            if not isinstance(condition, TextCondition):
-                raise InvalidInputError(
-                    f"this {type(self).__name__} is text-conditional: give a TextCondition (see TextEncoder), "
-                    f"not {type(condition).__name__}"
-                )
-            expected = (self.num_condition_tokens, self.cls_embedding.uncond_embedding.shape[1])
-            if tuple(condition.features.shape[1:]) != expected:
-                raise InvalidInputError(
-                    f"text features must be [B, {expected[0]}, {expected[1]}] for this model; "
-                    f"got {list(condition.features.shape)}: was another text encoder used?"
-                )
-            if not bool(torch.isfinite(condition.features).all()):
-                raise InvalidInputError("text features contain NaN or infinity")
-            return condition.to(self.device)
-        if not isinstance(condition, Tensor) or condition.dtype != torch.int64 or condition.ndim != 1:
-            given = (
-                f"{condition.dtype} {list(condition.shape)}"
-                if isinstance(condition, Tensor)
-                else type(condition).__name__
-            )
-            raise InvalidInputError(
-                f"this {type(self).__name__} is class-conditional: give class labels as int64 [B], not {given}"
-            )
+            channels = self.cls_embedding.uncond_embedding.shape[1]
+            return check_text(condition, self.num_condition_tokens, channels, name).to(self.device)
         assert self.num_classes is not None
-        if not len(condition):
-            raise InvalidInputError("no class labels were given; expected at least one")
-        low, high = int(condition.min()), int(condition.max())
-        if low < 0 or high >= self.num_classes:
-            raise InvalidInputError(f"class labels must lie in 0..{self.num_classes - 1}; got {low}..{high}")
-        return condition.to(self.device)
+        return check_labels(condition, self.num_classes, name).to(self.device)
 
     def check_request(
         self, condition: Tensor | TextCondition, guidance_scale: float, **settings: Any

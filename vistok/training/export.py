@@ -114,9 +114,6 @@ def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
     tokenizer = hasattr(model, "decode")
     generator = hasattr(model, "generate")
     image_size = recipe.data.image_size
-    grid = config.get("grid")
-    if tokenizer and hasattr(model, "downsample_factor"):
-        grid = [image_size // model.downsample_factor] * 2
     facts: dict[str, Any] = {
         "system": recipe.model.system,
         "kind": "tokenizer" if tokenizer else "generator" if generator else "helper",
@@ -124,8 +121,8 @@ def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
         "paper": next((entry.paper for entry in model.published.values() if entry.paper), None),
         "recipe": f"recipes/{recipe.name}.yaml",
         "image_size": image_size,
-        "num_tokens": None if grid is None else grid[0] * grid[1],
-        "codebook_size": config.get("codebook_size", config.get("vocab_size")),
+        "num_tokens": _num_tokens(model, image_size),
+        "codebook_size": getattr(model, "codebook_size", None) or config.get("vocab_size"),
     }
     if generator:
         facts["tokenizer"] = recipe.tokenizer
@@ -133,6 +130,16 @@ def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
         facts["class_names"] = _class_names(recipe)
         facts["sampling"] = recipe.sampling.given
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _num_tokens(model: Any, image_size: int) -> int | None:
+    """Tokens of a training image; None for networks that neither make nor write tokens."""
+    if hasattr(model, "num_registers"):  # ordered tokens: as many at any image size
+        return int(model.num_registers)
+    if hasattr(model, "decode") and hasattr(model, "downsample_factor"):
+        return (image_size // model.downsample_factor) ** 2
+    grid = model.config.get("grid") or getattr(model, "grid", None)
+    return None if grid is None else int(grid[0] * grid[1])
 
 
 def _latent_scale(recipe: Recipe, model: Any) -> float:

@@ -7,6 +7,7 @@ Shape letters: B images, H rows and W columns of pixels, N tokens an image.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.photographs import open_photograph
+from vistok.errors import InvalidInputError
 from vistok.metrics.accuracy import caption_accuracy, class_accuracy
 from vistok.metrics.reconstruction import psnr
 from vistok.nn.model import VistokModel
@@ -29,6 +31,7 @@ HELD_OUT_SCENES = 256
 EVALUATION_BATCH = 64
 PHOTO_SIDE = 256
 SHOWN = 16
+PREFIX_ROWS = 8
 SAMPLED = 64
 ORACLE_SIDE = 16  # pixels that the oracle needs
 
@@ -68,13 +71,26 @@ def centre_crop(image: Any, multiple: int) -> Any:
 class TokenizerMonitor:
     """PSNR and codebook use on held-out lab scenes and photographs; pairs of original and reconstruction.
 
-    Data from users' own folders is judged on its first batches instead.
+    Data from users' own folders is judged on its first batches instead. Decoders that draw (FlexTok's) take the
+    recipe's `sampling` and start from the same noise every time, so that figures of different steps can be compared.
+
+    Raises:
+        InvalidInputError: a sampling setting that such a decoder does not know.
     """
 
     def __init__(self, recipe: Recipe, model: VistokModel, source: Source, device: torch.device) -> None:
         self.device = device
         self.photographs: dict[str, Tensor] = {}
-        self.codebook_size: int | None = getattr(model.config, "codebook_size", None)
+        self.codebook_size: int | None = getattr(model, "codebook_size", None)
+        self.seed = recipe.seed
+        self.ordered = hasattr(model, "decode_prefixes")
+        self.sampling: dict[str, Any] | None = None  # of a decoder that draws
+        tokenizer: Any = model
+        if hasattr(model, "denoise"):
+            self.sampling = recipe.sampling.given
+            unknown = sorted(set(self.sampling) - set(inspect.signature(tokenizer.denoise).parameters))
+            if unknown:
+                raise InvalidInputError(f"sampling: {type(model).__name__}.decode has no setting {', '.join(unknown)}")
         data = recipe.data
         if isinstance(data, ShapesImagesRecipe):
             from vistok.data.shapes import render, sample_scene
@@ -84,15 +100,35 @@ class TokenizerMonitor:
             self.images = image_batch([render(scene, data.image_size) for scene in scenes])
             multiple = int(getattr(model, "downsample_factor", 16))
             for name in data.held_out_photos:
-                self.photographs[name] = image_batch([np.asarray(centre_crop(open_photograph(name), multiple))])
+                if self.ordered:  # made for one size
+                    self.photographs[name] = tokenizer.preprocess(open_photograph(name), size=data.image_size)
+                else:
+                    self.photographs[name] = image_batch([np.asarray(centre_crop(open_photograph(name), multiple))])
         else:
             found = source.batch(np.arange(EVALUATION_BATCH, dtype=np.int64))["images"]
             self.images = found.float() / 127.5 - 1
 
+    def _draws(self, images: Tensor) -> dict[str, Any]:
+        """Arguments of a decoder that draws; nothing for the others."""
+        if self.sampling is None:
+            return {}
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        return {"generator": generator, "image_size": tuple(images.shape[-2:]), **self.sampling}
+
     def _reconstruct(self, model: VistokModel, images: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             tokens = model.encode(images.to(self.device))
-            return model.decode(tokens).float().cpu(), None if tokens.ids is None else tokens.ids.cpu()
+            decoded = model.decode(tokens, **self._draws(images)).float().cpu()
+            return decoded, None if tokens.ids is None else tokens.ids.cpu()
+
+    def _prefixes(self, model: Any, images: Tensor) -> np.ndarray:
+        """Each image, and beside it what 1, 2, 4, ... and all of its tokens give."""
+        total = int(model.num_registers)
+        lengths = sorted({1 << power for power in range(total.bit_length())} | {total})
+        with torch.no_grad():
+            tokens = model.encode(images.to(self.device))
+            decoded = model.decode_prefixes(tokens, lengths, **self._draws(images)).float().cpu()
+        return picture_grid(torch.cat([images[:, None], decoded], dim=1).flatten(0, 1), 1 + len(lengths))
 
     def validate(self, model: VistokModel) -> dict[str, float]:
         """`val/psnr` in dB, `val/codebook_usage` as a fraction, and `val/psnr_<photograph>`."""
@@ -110,11 +146,14 @@ class TokenizerMonitor:
         return figures
 
     def sample(self, model: VistokModel, seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Originals above their reconstructions, and each held-out photograph beside its own."""
+        """Originals above their reconstructions, each held-out photograph beside its own, and, where tokens have an
+        order, pictures of the first ones of them."""
         shown = self.images[:SHOWN]
         pictures = {"reconstructions": picture_grid(torch.cat([shown, self._reconstruct(model, shown)[0]]), SHOWN)}
         for name, photograph in self.photographs.items():
             pictures[name] = picture_grid(torch.cat([photograph, self._reconstruct(model, photograph)[0]]), 2)
+        if self.ordered:
+            pictures["prefixes"] = self._prefixes(model, self.images[:PREFIX_ROWS])
         return pictures, {}
 
 
@@ -196,7 +235,7 @@ class GeneratorMonitor:
         draws = torch.Generator(self.device).manual_seed(seed)
         with torch.no_grad():
             tokens = generator.generate(condition, generator=draws, **self.settings)
-            images = self.tokenizer.decode(tokens).float().cpu()
+            images = self.tokenizer.decode(tokens, generator=draws).float().cpu()
         figures: dict[str, float] = {}
         if self.oracle_can_read:
             shares = caption_accuracy(images, self.captions) if self.captions else class_accuracy(images, self.labels)

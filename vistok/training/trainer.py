@@ -633,7 +633,7 @@ def check_vocabulary(recipe: Recipe, model: VistokModel, tokenizer: Any) -> None
     Raises:
         InvalidInputError: their sizes differ.
     """
-    have = getattr(getattr(tokenizer, "config", None), "codebook_size", None)
+    have = getattr(tokenizer, "codebook_size", None)
     want = getattr(model.config, "vocab_size", None)
     if have is not None and want is not None and have != want:
         raise InvalidInputError(

@@ -1,0 +1,181 @@
+"""FlexTok and its generator in the trainer: seeded draws of the decoder, exact resume, facts, and the lab's recipes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.common import generator_values, vq_values
+from vistok import hub
+from vistok.errors import InvalidInputError
+from vistok.tokenizers.flextok import FlexTok
+from vistok.training.monitors import TokenizerMonitor
+from vistok.training.recipe import load_recipe, parse_recipe
+from vistok.training.sources import ShapesImages
+from vistok.training.trainer import Trainer, build_model, check_vocabulary
+
+CPU = {"device": "cpu", "tensorboard": False}
+RECIPES = Path(__file__).parents[2] / "recipes"
+# 16x16 pixels to five tokens of 16 codes, without an auto-encoder.
+TOKENIZER = {
+    "vae_block_out_channels": None,
+    "latent_channels": 3,
+    "patch_size": 4,
+    "grid": [4, 4],
+    "num_registers": 5,
+    "levels": [4, 4],
+    "encoder_size": 16,
+    "encoder_depth": 1,
+    "encoder_head_dim": 8,
+    "decoder_size": 16,
+    "decoder_depth": 1,
+    "decoder_head_dim": 8,
+    "frequency_size": 16,
+    "nested_dropout": "uniform_pow2",
+    "repa_layer": None,
+}
+GENERATOR = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_tokens": 5,
+    "mlp_hidden_size": 32,
+    "num_classes": 64,
+}
+
+
+def tokenizer_values(**changes):
+    sampling = {"guidance_scale": 2.0, "num_inference_steps": 2}
+    model = {"system": "flextok", "config": TOKENIZER}
+    return vq_values(**{"name": "tiny-flextok", "model": model, "sampling": sampling, "steps": 4, **changes})
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A folder with a tokenizer of 8x8 pixels, which are too few for the oracle: it is slow on noise."""
+    torch.manual_seed(0)
+    FlexTok.tiny(**{**TOKENIZER, "patch_size": 2}).save_pretrained(tmp_path / "flextok")
+    return str(tmp_path / "flextok")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return FlexTok.tiny(**TOKENIZER)
+
+
+def train_with_and_without_interruption(values, folder):
+    """A watched run in one go, and its weights after a run that is killed half way and never watched."""
+    watched = parse_recipe(values | {"checkpoint_every": 2, "validate_every": 2, "sample_every": 2})
+    whole = Trainer(watched, folder / "whole", **CPU)
+    result = whole.fit()
+    assert result.status == "finished"
+
+    unwatched = parse_recipe(values | {"checkpoint_every": 2})
+    parts = Trainer(unwatched, folder / "parts", **CPU)
+    step = parts._optimizer_step
+
+    def stop_after_two(batches):
+        parts._interrupted = parts.step == 1
+        return step(batches)
+
+    parts._optimizer_step = stop_after_two
+    assert parts.fit().status == "interrupted"
+    resumed = Trainer(unwatched, folder / "parts", **CPU)
+    resumed.fit()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for name, value in whole.ema.state_dict().items():
+        assert torch.equal(value, resumed.ema.state_dict()[name]), name
+    return result
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_tokenizer_trains_shows_its_prefixes_and_resumes(precision, tmp_path):
+    result = train_with_and_without_interruption(tokenizer_values(precision=precision), tmp_path)
+    assert result.metrics["val/psnr"] > 0
+    assert result.metrics["val/psnr_coffee"] > 0
+    assert 0 < result.metrics["val/codebook_usage"] <= 1
+    shown = {path.name for path in (result.run_dir / "samples").glob("*-00000004.png")}
+    assert shown == {f"{name}-00000004.png" for name in ("reconstructions", "coffee", "prefixes")}
+    facts = json.loads((result.run_dir / "model" / "vistok.json").read_text())
+    assert facts["kind"] == "tokenizer"
+    assert (facts["num_tokens"], facts["codebook_size"]) == (5, 16)
+    model = hub.load(result.run_dir / "model")
+    assert model.encode(torch.zeros(1, 3, 16, 16), 3).shape == (1, 3)
+
+
+def test_the_generator_trains_on_its_ids_samples_and_resumes(tokenizer, tmp_path):
+    values = generator_values(
+        name="tiny-flextok-ar",
+        model={"system": "flextok-ar", "config": GENERATOR},
+        data={"source": "shapes-tokens", "image_size": 8, "scenes": 32, "condition": "class"},
+        tokenizer=tokenizer,
+        sampling={"guidance_scale": 1.5},
+        steps=4,
+    )
+    result = train_with_and_without_interruption(values, tmp_path)
+    assert result.metrics["val/loss"] > 0
+    assert [path.name for path in (result.run_dir / "samples").glob("*-00000004.png")] == ["samples-00000004.png"]
+    (cached,) = (tmp_path / "token-cache").glob("*/ids.npy")
+    ids = np.load(cached)
+    assert ids.shape == (32, 5)
+    assert 0 <= ids.min() < ids.max() < 16
+    facts = json.loads((result.run_dir / "model" / "vistok.json").read_text())
+    assert facts["kind"] == "generator"
+    assert (facts["num_tokens"], facts["codebook_size"]) == (5, 16)
+    assert facts["tokenizer"] == tokenizer
+
+
+def test_a_generator_of_another_codebook_is_refused(tokenizer, tmp_path):
+    values = generator_values(
+        model={"system": "flextok-ar", "config": {**GENERATOR, "vocab_size": 32}},
+        data={"source": "shapes-tokens", "image_size": 8, "scenes": 32, "condition": "class"},
+        tokenizer=tokenizer,
+    )
+    with pytest.raises(InvalidInputError, match=r"vocab_size is 32, but the tokenizer .* has 16 codes"):
+        Trainer(parse_recipe(values), tmp_path / "run", **CPU).fit()
+
+
+def test_the_monitor_draws_the_same_noise_every_time(model):
+    recipe = parse_recipe(tokenizer_values())
+    source = ShapesImages(recipe.data, recipe.seed)
+    monitor = TokenizerMonitor(recipe, model, source, torch.device("cpu"))
+    figures, pictures = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        figures.append(monitor.validate(model))
+        pictures.append(monitor.sample(model, seed=0)[0])
+    assert figures[0] == figures[1]
+    for name, picture in pictures[0].items():
+        assert np.array_equal(picture, pictures[1][name]), name
+    # Eight scenes: the original, then 1, 2, 4 and all five tokens.
+    assert pictures[0]["prefixes"].shape == (2 + 8 * 18, 2 + 5 * 18, 3)
+    changed = TokenizerMonitor(parse_recipe(tokenizer_values(seed=1)), model, source, torch.device("cpu"))
+    changed.images = monitor.images
+    assert changed.validate(model)["val/psnr"] != figures[0]["val/psnr"]
+
+
+def test_a_sampling_setting_that_the_decoder_lacks_is_named(model):
+    recipe = parse_recipe(tokenizer_values(sampling={"guidance_scale": 2.0, "top_k": 5}))
+    with pytest.raises(InvalidInputError, match=r"FlexTok\.decode has no setting top_k"):
+        TokenizerMonitor(recipe, model, ShapesImages(recipe.data, 0), torch.device("cpu"))
+
+
+def test_the_recipes_of_the_lab_fit_each_other_and_the_size_that_may_ship():
+    first, second = load_recipe(RECIPES / "flextok-shapes.yaml"), load_recipe(RECIPES / "flextok-ar-shapes.yaml")
+    tokenizer, generator = build_model(first), build_model(second)
+    for model in (tokenizer, generator):
+        assert model.num_parameters() <= 2_000_000
+    assert second.tokenizer == first.name
+    check_vocabulary(second, generator, tokenizer)
+    assert generator.num_tokens == tokenizer.num_registers
+    assert tokenizer.image_size == (first.data.image_size,) * 2 == (second.data.image_size,) * 2
+    losses = tokenizer.training_loss({"images": torch.rand(2, 3, 64, 64) * 2 - 1})
+    assert losses["loss"].isfinite()
+    tokens = tokenizer.eval().encode(torch.zeros(2, 3, 64, 64))
+    labels = torch.tensor([0, 63])
+    assert generator.training_loss({"ids": tokens.ids, "labels": labels})["loss"].isfinite()
