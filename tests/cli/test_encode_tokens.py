@@ -139,3 +139,10 @@ def test_reconstruct_names_the_command_for_ordered_tokens(
     assert main(["reconstruct", str(photo), "--model", "flextok.tiny", "-o", str(out)]) == 2
     assert "vistok encode --tokens" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_help_says_what_happens_to_pictures_of_other_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for said in ("cut out their middle", "take the square they were trained for", "the output's name with .png"):
+        assert said in words

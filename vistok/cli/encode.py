@@ -21,8 +21,8 @@ def encode(
         int | None,
         typer.Option(
             min=1,
-            help="Scale pictures until they cover this square, and cut out its middle [default: the picture's own "
-            "size; of tokenizers with ordered tokens, such as FlexTok, the size they were trained for].",
+            help="Scale pictures until they cover a square of this side, and cut out their middle. By default they "
+            "keep their size; tokenizers with ordered tokens, such as FlexTok, take the square they were trained for.",
         ),
     ] = None,
     tokens: Annotated[
@@ -36,12 +36,12 @@ def encode(
     output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file.")] = Path("tokens.safetensors"),
     strip: Annotated[
         Path | None,
-        typer.Option(help="With --tokens: the strip, a row for each picture [default: output with the suffix .png]."),
+        typer.Option(help="With --tokens: the strip, a row for each picture. By default the output's name with .png."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="With --tokens: picture k is drawn from seed + k.")] = 0,
-    guidance_scale: Annotated[float | None, typer.Option(help="With --tokens [default: the tokenizer's own].")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="With --tokens; by default the tokenizer's own.")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="With --tokens [default: the tokenizer's own].")
+        int | None, typer.Option(min=1, help="With --tokens; by default the tokenizer's own.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print facts as JSON.")] = False,
 ) -> None:
@@ -98,7 +98,9 @@ def encode(
         height, width = batch.shape[-2:]
         typer.echo(f"{strip}: pictures of {width}x{height}, the original first")
     for one in drawn:
-        typer.echo(f"{one['tokens']:6d} tokens  {one['bits']:6d} bits  {one['psnr']:6.2f} dB")
+        typer.echo(
+            f"{one['tokens']:6d} token{'s' if one['tokens'] > 1 else ' '}  {one['bits']:6d} bits  {one['psnr']:6.2f} dB"
+        )
 
 
 def _lengths(text: str) -> list[int]:

@@ -155,9 +155,10 @@ def _winners(report: dict[str, Any]) -> Iterator[str]:
         rows = sorted(
             (row for row in measured if row["keep_ratio"] == ratio), key=lambda row: -row["accuracy"]["value"]
         )
-        best = rows[0]
-        close = [row["method"] for row in rows[1:] if row["accuracy"]["high"] >= best["accuracy"]["low"]]
-        said = f"at {ratio:g}: {best['method']} answers best ({100 * best['accuracy']['value']:.1f} %)"
+        best = rows[0]["accuracy"]
+        first = [row["method"] for row in rows if row["accuracy"]["value"] == best["value"]]
+        close = [row["method"] for row in rows[len(first) :] if row["accuracy"]["high"] >= best["low"]]
+        said = f"at {ratio:g}: best {', '.join(first)} ({100 * best['value']:.1f} %)"
         yield said + (f"; intervals overlap with {', '.join(close)}" if close else "; no other interval overlaps")
 
 

@@ -775,7 +775,7 @@ def plot_pareto(report: Mapping[str, Any], path: str | Path) -> None:
             up,
             yerr=[[max(0.0, one) for one in below], [max(0.0, one) for one in above]],
             label=name,
-            color="black" if name == UNPRUNED else f"C{number % 10}",
+            color={UNPRUNED: "black", "random": "dimgrey"}.get(name, f"C{(number - 1) % 10}"),
             linestyle="--" if name == "random" else "-",
             marker=markers[number % len(markers)],
             markersize=5,
