@@ -171,7 +171,8 @@ def load(
             if any(parameter.dtype == half for parameter in model.parameters()):
                 warnings.warn(f"{name} holds float16 weights, which are slow on a CPU: using float32", stacklevel=2)
             dtype = torch.float32
-    return model.to(device=target, dtype=dtype).eval()
+    # A dtype of None would make diffusers speak of a cast.
+    return (model.to(target) if dtype is None else model.to(target, dtype)).eval()
 
 
 def _device(device: torch.device | str | None) -> torch.device:

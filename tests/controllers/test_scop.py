@@ -240,6 +240,22 @@ def test_all_sources_give_the_same_pairs(tmp_path: Path) -> None:
         assert [record.relations for record in engine.records()] == wanted, source
 
 
+def test_a_malformed_line_moves_no_later_annotation(tmp_path: Path) -> None:
+    good = {
+        "file_name": "b.png",
+        "width": 100,
+        "height": 100,
+        "boxes": [{"name": "cat", "bbox": [0, 0, 10, 10]}, {"name": "dog", "bbox": [50, 50, 20, 20]}],
+    }
+    bad = {"file_name": "a.png", "boxes": [{"name": "cow", "bbox": [0, 0, 9, 9]}]}  # no size
+    (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(bad), "no JSON", json.dumps(good)]) + "\n")
+    annotations = AnnotationFile(tmp_path / "x.jsonl")
+    (image,) = annotations.images()
+    texts = annotations.full({box.number for box in image.boxes})
+    assert [texts[box.number] for box in image.boxes] == good["boxes"]
+    assert annotations.problems["malformed image entry"] == 2
+
+
 def test_output_is_resumable_and_shared_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, pictures = write(tmp_path, coco(20))
     whole = ScopEngine(path, pictures, thresholds=LOOSE, images_per_part=4)

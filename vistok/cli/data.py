@@ -18,7 +18,7 @@ def _data() -> None:
 @app.command()
 def preview(
     num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, max=400, help="How many scenes.")] = 16,
-    num_objects: Annotated[int | None, typer.Option(min=1, max=3, help="Objects a scene [default: 1 to 3].")] = None,
+    num_objects: Annotated[int | None, typer.Option(min=1, max=3, help="Objects a scene (default: 1 to 3).")] = None,
     image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Stream of scenes.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG grid.")] = Path("scenes.png"),

@@ -23,25 +23,25 @@ def pruners(
     data: Annotated[Path, typer.Option(help="Folder of pictures.")],
     questions: Annotated[
         Path | None,
-        typer.Option(help="JSON lines: image, question, answer (or list) [default: questions.jsonl in the folder]"),
+        typer.Option(help="JSON lines: image, question, answer (or list) (default: questions.jsonl in the folder)"),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A method, or several joined by +; repeatable [default: all]")
+        list[str] | None, typer.Option(help="A method, or several joined by +; repeatable (default: all)")
     ] = None,
     keep_ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Share of tokens left after the last stage; repeatable [default: 0.5 0.25 0.11 0.05]"),
+        typer.Option(help="Share of tokens left after the last stage; repeatable (default: 0.5 0.25 0.11 0.05)"),
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="Only the first questions [default: all]")] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Only the first questions (default: all)")] = None,
     instruction: Annotated[str, typer.Option(help='After every question, e.g. "Answer with one word."')] = "",
     match: Annotated[str, typer.Option(help="exact: the answer and nothing else; contains: it occurs.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder [default: evaluation/pruners-MODEL]")
+        Path | None, typer.Option("--output", "-o", help="Folder (default: evaluation/pruners-MODEL)")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or auto [default: float32 on a CPU, else auto]")
+        str | None, typer.Option(help="float32, bfloat16, float16 or auto (default: float32 on a CPU, else auto)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

@@ -24,23 +24,23 @@ def evaluate(
     num_samples: Annotated[int, typer.Option(min=2, help="Scenes (tokenizers) or pictures of each kind.")] = 1000,
     photo: Annotated[
         list[str] | None,
-        typer.Option(help="Photographs for tokenizers: names that scikit-image ships, or files [default: none]."),
+        typer.Option(help="Photographs for tokenizers: names that scikit-image ships, or files (default: none)."),
     ] = None,
     photo_size: Annotated[int, typer.Option(min=16, help="Larger photographs are scaled to this longest side.")] = 512,
     fid: Annotated[
         str, typer.Option(help="Feature extractor of the Frechet distance: a model, inception, or none.")
     ] = "features-shapes",
-    guidance_scale: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
-    temperature: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="[default: the checkpoint's own]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default: the checkpoint's own.")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Model steps, where they can be chosen [default: the checkpoint's own]")
+        int | None, typer.Option(min=1, help="Model steps, where they can be chosen (default: the checkpoint's own)")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 50,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for pictures [default: evaluation/MODEL].")
+        Path | None, typer.Option("--output", "-o", help="Folder for pictures (default: evaluation/MODEL).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

@@ -19,17 +19,17 @@ def generate(
     num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, max=1024, help="How many.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Picture k is drawn from seed + k, whatever the number.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG of all pictures as a grid.")] = Path("grid.png"),
-    guidance_scale: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
-    temperature: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="[default: the checkpoint's own]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="[default: the checkpoint's own]")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default: the checkpoint's own.")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Model steps, where they can be chosen [default: the checkpoint's own]")
+        int | None, typer.Option(min=1, help="Model steps, where they can be chosen (default: the checkpoint's own)")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels [default: as trained]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels (default: as trained)")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels (default: as trained)")] = None,
     guidance_interval: Annotated[
-        int | None, typer.Option(min=0, help="Guide until this many tokens are drawn [default: the checkpoint's own]")
+        int | None, typer.Option(min=0, help="Guide until this many tokens are drawn (default: the checkpoint's own)")
     ] = None,
     film: Annotated[
         Path | None, typer.Option(help="Also write a film strip: one row a picture, one column a step.")

@@ -23,7 +23,7 @@ def prune(
     ] = "transprune",
     keep_ratio: Annotated[
         float | None,
-        typer.Option(help="Share of visual tokens left after the last stage [default: the method's published setting]"),
+        typer.Option(help="Share of visual tokens left after the last stage (default: the method's published setting)"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Time each so often and print the medians.")] = 1,
@@ -32,7 +32,7 @@ def prune(
     ),
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or auto [default: float32 on a CPU, else auto]")
+        str | None, typer.Option(help="float32, bfloat16, float16 or auto (default: float32 on a CPU, else auto)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:

@@ -10,8 +10,8 @@ import typer
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(help="The claim [default: list them].")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder [default: reproduce/NAME].")] = None,
+    name: Annotated[str | None, typer.Argument(help="The claim (default: list them).")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: reproduce/NAME).")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A fraction of the samples: seconds instead of minutes.")
     ] = False,

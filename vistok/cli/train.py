@@ -14,10 +14,10 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to change: optimizer.lr=3e-4")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/ and the recipe's name].")
+        Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/ and the recipe's name).")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a run that the folder already holds.")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the best there is].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: the best there is).")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard event files.")] = True,
 ) -> None:
     """Train a model from a recipe. Ctrl-C saves a checkpoint; the same command continues from it.

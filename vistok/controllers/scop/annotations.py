@@ -132,6 +132,14 @@ class AnnotatedImage:
     boxes: list[Box] = field(default_factory=list)
 
 
+def boxes_of_line(line: Any) -> list[Any]:
+    """The boxes of a JSON line, or none if it has no readable list of them."""
+    try:
+        return list(json.loads(line)["boxes"])
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
 class AnnotationFile:
     """Box annotations, read twice as a stream: first the boxes, later the full text of the annotations that are kept.
 
@@ -305,6 +313,7 @@ class AnnotationFile:
                         raise ValueError
                 except (KeyError, TypeError, ValueError, AttributeError):
                     self.problems["malformed image entry"] += 1
+                    number += len(boxes_of_line(line))  # `full` counts them, too
                     continue
                 for raw in boxes:
                     number += 1
@@ -336,14 +345,7 @@ class AnnotationFile:
         with self._open() as stream:
             if self.lines:
                 for line in stream:
-                    if not line.strip():
-                        continue
-                    try:
-                        entry = json.loads(line)
-                        boxes = list(entry["boxes"])
-                    except (KeyError, TypeError, ValueError):
-                        continue
-                    for raw in boxes:
+                    for raw in boxes_of_line(line) if line.strip() else ():
                         place += 1
                         if place in numbers:
                             found[place] = raw
