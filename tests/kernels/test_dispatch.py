@@ -63,7 +63,7 @@ def test_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match="'cuda'; there are: auto, reference"):
         kernels.use("cuda")
-    with pytest.raises(UnknownNameError, match="'softmax'; there are: attention_received, .*guided_sampling, .*nearest_code"):
+    with pytest.raises(UnknownNameError, match=r"'softmax'; there are: attention_received, .*nearest_code"):
         kernels.explain("softmax", X)
     assert kernels.current() == "auto"
 
