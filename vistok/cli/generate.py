@@ -128,5 +128,5 @@ def generate(
             f"(loaded in {loaded - begun:.1f} s, drawn in {drawn - loaded:.1f} s)"
         )
     if interrupted:
-        typer.echo(f"vistok: interrupted; {len(pictures)} of {num_images} pictures were finished", err=True)
+        typer.echo(f"vistok: {len(pictures)} of {num_images} pictures were finished and written", err=True)
         raise typer.Exit(130)
