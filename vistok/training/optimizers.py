@@ -84,13 +84,12 @@ def build_optimizer(model: nn.Module, settings: OptimizerRecipe, device: torch.d
         fused = device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
 
+    trained = [value for value in model.parameters() if value.requires_grad]
     if settings.name == "adamw":
-        return adamw(
-            decay_groups([value for value in model.parameters() if value.requires_grad], settings.weight_decay)
-        )
+        return adamw(decay_groups(trained, settings.weight_decay))
     matrices = hidden_matrices(model)
     known = {id(value) for value in matrices}
-    rest = [value for value in model.parameters() if value.requires_grad and id(value) not in known]
+    rest = [value for value in trained if id(value) not in known]
     muon = torch.optim.Muon(
         matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
