@@ -188,7 +188,7 @@ def test_the_loss_is_error_plus_divergence_an_image() -> None:
     mean, logvar = posterior.mean, posterior.logvar
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
     torch.testing.assert_close(losses["kl"], 0.5 * divergence.detach() / x[0].numel())
-    error = (model.decode(model.encode(x)) - x).abs().mean()
+    error = (model.decode(model.encode(x)) - x).square().mean()
     torch.testing.assert_close(losses["reconstruction"], error)
     torch.testing.assert_close(losses["loss"].detach(), losses["kl"] + error)
 
@@ -298,3 +298,29 @@ def test_official_arguments_are_checked() -> None:
         KLModel.config_from_official({"ch_mult": [2, 4]})
     with pytest.raises(InvalidInputError, match="unknown argument"):
         KLModel.config_from_official({"embed_dim": 4, "channels": 3})
+
+
+def test_absorbed_statistics_change_the_latents_and_no_picture() -> None:
+    torch.manual_seed(3)
+    model = KLModel.tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    images = torch.rand(6, 3, 16, 16) * 2 - 1
+    before, posterior = model.decode(model.encode(images)), model.posterior(images)
+    statistics = model.measure_latents([images], generator=torch.Generator().manual_seed(0))
+    model.absorb_statistics(statistics)
+    torch.testing.assert_close(model.decode(model.encode(images)), before, rtol=1e-4, atol=1e-4)
+    mean, std = (value.float().view(-1, 1, 1) for value in (statistics.channel_mean, statistics.channel_std))
+    torch.testing.assert_close(model.posterior(images).mean, (posterior.mean - mean) / std, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.posterior(images).std, posterior.std / std, rtol=1e-4, atol=1e-5)
+    after = model.measure_latents([images], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(after.channel_mean, torch.zeros_like(after.channel_mean), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.channel_std, torch.ones_like(after.channel_std), rtol=0, atol=1e-3)
+
+
+def test_statistics_need_the_convolutions_around_the_bottleneck() -> None:
+    model = KLModel.tiny(use_quant_conv=False, use_post_quant_conv=False)
+    statistics = model.measure_latents([torch.rand(2, 3, 8, 8)])
+    with pytest.raises(InvalidInputError, match="use_quant_conv"):
+        model.absorb_statistics(statistics)

@@ -332,18 +332,19 @@ class KLModel(VistokModel, AutoencoderKL):
         return KLModelOutput(self._decoded(latents), posterior, weight * posterior.kl().mean())
 
     def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Absolute error plus the KL divergence (for the perceptual and adversarial objective see `KLLoss`).
+        """Squared error plus the KL divergence (for the published objective with its absolute, perceptual and adversarial
+        terms see `KLLoss`). Alone, the absolute error of a scene is content with greys for a long time.
 
         Args:
             batch: `images` [B, 3, H, W] in [-1, 1].
             generator: draws of the posterior.
 
         Returns:
-            `loss`, `reconstruction` (mean absolute error) and `kl` (weighted).
+            `loss`, `reconstruction` (mean squared error) and `kl` (weighted).
         """
         images = batch["images"]
         output = self(images, generator=generator)
-        reconstruction = F.l1_loss(output.sample.float(), images.float())
+        reconstruction = F.mse_loss(output.sample.float(), images.float())
         return {
             "loss": reconstruction + output.bottleneck_loss,
             "reconstruction": reconstruction.detach(),
@@ -558,6 +559,32 @@ class KLModel(VistokModel, AutoencoderKL):
         variance = float(power.mean() - mean.mean().square())
         deviation = (power - mean.square()).clamp_min(0).sqrt()
         return LatentStatistics(float(mean.mean()), math.sqrt(variance), mean, deviation, count * len(mean))
+
+    @torch.no_grad()
+    def absorb_statistics(self, statistics: LatentStatistics) -> None:
+        """Give every latent channel mean 0 and deviation 1, in the convolutions around the bottleneck.
+
+        Images are decoded as before. What MAR corrects by one factor is then right for each channel, also for
+        pipelines of diffusers that know a `scaling_factor` only (which becomes 1).
+
+        Raises:
+            InvalidInputError: a model without these convolutions, or a channel that never varies.
+        """
+        if self.quant_conv is None or self.post_quant_conv is None:
+            raise InvalidInputError("only models with use_quant_conv and use_post_quant_conv can absorb statistics")
+        mean, std = (value.float() for value in (statistics.channel_mean, statistics.channel_std))
+        if not bool((std > 0).all()):
+            raise InvalidInputError(f"latent channels {(std == 0).nonzero().flatten().tolist()} never vary")
+        encode, decode = self.quant_conv, self.post_quant_conv
+        assert encode.bias is not None
+        assert decode.bias is not None
+        decode.bias += decode.weight[:, :, 0, 0] @ mean.to(decode.weight)
+        decode.weight *= std.to(decode.weight)[None, :, None, None]
+        # The upper half is the log-variance, which std shifts.
+        encode.weight[: len(std)] /= std.to(encode.weight)[:, None, None, None]
+        encode.bias -= torch.cat([mean, 2 * std.log()]).to(encode.bias)
+        encode.bias[: len(std)] /= std.to(encode.bias)
+        self.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
 
     # ---- the authors' files
 

@@ -21,7 +21,7 @@ from .recipe import DiscriminatorRecipe
 __all__ = ["AdversarialObjective", "Judge", "make_loss"]
 
 
-# system -> (objective, error of the pixels as in the model's own `training_loss`)
+# system -> (objective, published error of the pixels)
 LOSSES: dict[str, tuple[type[AdversarialLoss], str]] = {"vq": (VQLoss, "l2"), "kl": (KLLoss, "l1")}
 
 
