@@ -18,19 +18,24 @@ from vistok.reproduce.report import environment
 __all__ = ["bars", "interleaved", "save", "summary"]
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each variant, `repeats` times in turn, after `warmup` rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_number in range(warmup + repeats):
         for name, run in variants.items():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = clock()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_number >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

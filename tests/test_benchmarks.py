@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sampling, timing, training
+from benchmarks import sampling, timing, tokenpacker, training
 
 
 def test_sampling_variants_write_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,25 @@ def test_training_variants_have_the_same_loss(system: str, monkeypatch: pytest.M
     monkeypatch.setitem(sampling.SIZES, "lab", tiny)
     losses = [run() for run in training.variants_of(system, "lab", 3).values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_projector_variants_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {
+        "hidden_size": 32,
+        "grid_size": 4,
+        "feature_dim": 16,
+        "feature_levels": (1, 2),
+        "embed_dim": 16,
+        "num_heads": 2,
+    }
+    monkeypatch.setitem(tokenpacker.SIZES, "lab", tiny)
+    tokenpacker.main(["--size", "lab", "--batch", "2", "--repeats", "1", "--output", str(tmp_path / "projector")])
+    saved = json.loads((tmp_path / "projector.json").read_text())
+    assert [(one["scale_factor"], one["tokens"]) for one in saved["measurements"]] == [(2, 4), (4, 1)]
+    for one in saved["measurements"]:
+        assert set(one["rows"]) == {"plain", "vistok, training", "vistok"}
+        assert all(row["relative_difference"] < 1e-4 for row in one["rows"].values())
+    assert (tmp_path / "projector.png").stat().st_size > 1000
 
 
 def test_variants_take_turns_and_warm_up() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from vistok.lazy import lazy_exports
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -56,18 +58,12 @@ _ROOMS = (
 __all__ = ["__version__", *_EXPORTS, *_ROOMS]
 
 
-# diffusers looks for the base class of a pipeline's parts in the library that defines them.
-_BASES = {"ModelMixin": "vistok.nn.model"}
+_HIDDEN = {"ModelMixin": "vistok.nn.model"}  # diffusers looks for a part's base class in the library that defines it
+_find = lazy_exports(__name__, {**_EXPORTS, **_HIDDEN})[0]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _BASES:
-        return getattr(importlib.import_module(_BASES[name]), name)
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name in _ROOMS:
-        return importlib.import_module(f"vistok.{name}")
-    raise AttributeError(f"module 'vistok' has no attribute {name!r}; it has: {', '.join(sorted(__all__))}")
+    return importlib.import_module(f"vistok.{name}") if name in _ROOMS else _find(name)
 
 
 def __dir__() -> list[str]:

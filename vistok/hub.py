@@ -32,19 +32,20 @@ if TYPE_CHECKING:
 
     from vistok.generators.pipeline import GenerationPipeline
 
-__all__ = ["ASSETS", "list_models", "load", "load_pipeline", "model_info"]
+__all__ = ["ASSETS", "list_models", "load", "load_pipeline", "model_info", "recommended_sampling"]
 
 ASSETS = Path(__file__).parent / "assets"
 FACTS_FILE = "vistok.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 WEIGHT_SUFFIXES = {".safetensors", ".ckpt", ".pth", ".pt", ".bin"}
 PIPELINE_FILE = "model_index.json"
+TEXT_TO_IMAGE = "text-to-image"
 TEXT_ENCODER = "text-encoder"
 HUB_PREFIX = "hub:"
 TINY_SUFFIX = ".tiny"
 # Tokenizers of the random flavours: 64 codes, or 4 channels, as the tiny generators write.
 TINY_TOKENIZER = "vq.tiny"
-TINY_TOKENIZERS = {"mar": "kl.tiny", "himar": "kl.tiny", "xar": "kl.tiny"}
+TINY_TOKENIZERS = {"mar": "kl.tiny", "himar": "kl.tiny", "xar": "kl.tiny", "flextok-ar": "flextok.tiny"}
 # Classes of diffusers that are one of ours: name in config.json -> system.
 DIFFUSERS_CLASSES = {"AutoencoderKL": "kl"}
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -149,7 +150,8 @@ def load(
         dtype: floating point type; None is the checkpoint's own on an accelerator, and float32 on a CPU.
 
     Returns:
-        The network in eval mode: `VQModel`, `NAR`, `LlamaGen`, ... or a `TextEncoder`.
+        The network in eval mode: `VQModel`, `NAR`, `LlamaGen`, ..., a `TextEncoder`, (a LLaVA) the model of
+        transformers, or (`t2i-shapes`) the stock pipeline of diffusers.
 
     Raises:
         UnknownNameError: naming the nearest known names.
@@ -158,6 +160,9 @@ def load(
     """
     import torch
 
+    lab = None if checkpoint is not None else _lab_pipeline(os.fspath(name))
+    if lab is not None:
+        return _text_to_image(lab, device, dtype)
     target = _device(device)
     model = _find(os.fspath(name), None if checkpoint is None else Path(checkpoint).expanduser())
     if target.type == "cpu":
@@ -266,6 +271,12 @@ def _from_folder(folder: Path) -> Any:
             )
         raise CheckpointError(f"{folder} holds no config.json; expected a folder written by save_pretrained")
     config = _read_json(config_file)
+    if config.get("model_type") == "llava":
+        return _llava(folder)
+    if "num_image_codes" in config:  # a language model that reads and writes pictures
+        from vistok.tokenizers.seed import ImageLanguageModel
+
+        return ImageLanguageModel.from_pretrained(folder, dtype="auto")
     if "model_type" in config:  # transformers' mark; ours and diffusers' is _class_name
         from vistok.generators.text import TextEncoder
 
@@ -282,6 +293,74 @@ def _from_folder(folder: Path) -> Any:
     if class_name in DIFFUSERS_CLASSES:
         state = cls.rename_diffusers(state)
     return _assemble(cls, config, state, str(folder))
+
+
+def _lab_pipeline(name: str) -> Path | None:
+    """The folder of a text-to-image pipeline of the lab, or of a fine-tuning of one, if the name means such."""
+    folder = ASSETS / name if name in shipped() else None if _is_tiny(name) else _folder(name)
+    if folder is None or not (folder / FACTS_FILE).is_file():
+        return None
+    return folder if _read_facts(folder / FACTS_FILE)["system"] == TEXT_TO_IMAGE else None
+
+
+def _text_to_image(folder: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    """A `StableDiffusionPipeline` as diffusers loads it, without its bars, in eval mode.
+
+    A fine-tuning holds the weights of the UNet that it changed, and names its base; one that learned with TENOR has it
+    attached.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    target = _device(device)
+    facts = _read_facts(folder / FACTS_FILE)
+    if "base" in facts:
+        pipe = load(facts["base"], device=target, dtype=dtype)
+        changed = read_state_dict(folder / "unet.safetensors")
+        own = pipe.unet.state_dict()
+        strange = [key for key, value in changed.items() if key not in own or own[key].shape != value.shape]
+        if strange:
+            raise CheckpointError(f"{folder}: {', '.join(strange[:8])} do not fit the UNet of {facts['base']}")
+        pipe.unet.load_state_dict(changed, strict=False)
+        if facts.get("tenor"):
+            from vistok.controllers import Tenor
+
+            Tenor().attach(pipe)
+        return pipe
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # Newer diffusers call this argument `dtype` and warn; the oldest that we take know only this name.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype or torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder} holds no pipeline that can be loaded: {_reason(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(target)
+
+
+def _llava(folder: Path) -> Any:
+    """A LLaVA of transformers, with its own projector or a TokenPacker; strict."""
+    from transformers import LlavaForConditionalGeneration
+
+    if (folder / "projector" / "config.json").is_file():
+        from vistok.tokenizers.tokenpacker.llava import load_llava
+
+        return load_llava(folder)
+
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} holds no LLaVA that can be loaded: {_reason(error)}") from error
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit: missing {sorted(info['missing_keys'])[:8]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:8]}"
+        )
+    return model.eval()
 
 
 def _check_pipeline(folder: Path) -> None:
@@ -328,7 +407,22 @@ def _assemble(cls: Any, config: Mapping[str, Any], state: dict[str, Any], source
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
         model = cls(**own)  # tables outside the state dict need a real constructor
     model.load_state_dict(state, strict=True, assign=True)
+    _give_autoencoder(model, source)
+    unclip = own.get("unclip")
+    if unclip is not None:  # what paints a SEED's embeddings; loaded when it is needed
+        model.decoder = lambda *embeddings, **settings: load(unclip).decoder()(*embeddings, **settings)
     return model.eval()
+
+
+def _give_autoencoder(model: Any, source: str) -> None:
+    """Load the tokenizer whose latents a FlexTok works on, if its configuration names one, and hand it over."""
+    named = model.config.get("autoencoder")
+    if named is None or not hasattr(model, "set_autoencoder"):
+        return
+    try:
+        model.set_autoencoder(load(named))
+    except UnknownNameError as error:
+        raise CheckpointError(f"{source}: config.json names the auto-encoder {named!r}: {error}") from error
 
 
 def _from_authors(name: str, checkpoint: Path | None) -> Any:
@@ -409,7 +503,7 @@ def load_pipeline(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> GenerationPipeline:
-    """A generator with the tokenizer and the text encoder that belong to it.
+    """A generator with the tokenizer and the text encoder that belong to it, or a text-to-image pipeline of diffusers.
 
     Args:
         name: shipped or published name of a generator, `system.tiny`, a folder (of a generator, or of a whole pipeline
@@ -426,6 +520,10 @@ def load_pipeline(
     from vistok.generators.pipeline import GenerationPipeline
 
     name = os.fspath(name)
+    if checkpoint is None and (lab := _lab_pipeline(name)) is not None:
+        if tokenizer is not None or text_encoder is not None:
+            raise InvalidInputError(f"{name} is a whole pipeline; it takes no other tokenizer or text encoder")
+        return _text_to_image(lab, device, dtype)
     folder = None
     if checkpoint is None and name not in shipped() and not _is_tiny(name):
         folder = _folder(name)
@@ -435,6 +533,7 @@ def load_pipeline(
     if folder is not None and (folder / PIPELINE_FILE).is_file():
         _check_pipeline(folder)
         pipe = GenerationPipeline.from_pretrained(str(folder), **({} if dtype is None else {"torch_dtype": dtype}))
+        _give_autoencoder(pipe.tokenizer, str(folder))
         return pipe.to(_device(device))
     facts = _pipeline_facts(name, folder)
     source = name if folder is None else folder
@@ -465,6 +564,16 @@ def load_pipeline(
         sampling=facts.get("sampling"),
         image_size=facts.get("image_size"),
     )
+
+
+def recommended_sampling(name: str) -> dict[str, Any]:
+    """Keyword arguments of a lab text-to-image pipeline's call that its checkpoint recommends.
+
+    Args:
+        name: shipped name or folder.
+    """
+    folder = _lab_pipeline(name)
+    return dict(_read_facts(folder / FACTS_FILE).get("sampling") or {}) if folder is not None else {}
 
 
 def _pipeline_facts(name: str, folder: Path | None) -> dict[str, Any]:

@@ -72,9 +72,14 @@ SYSTEMS: dict[str, str] = {
     "tenor": "vistok.controllers.tenor:FluxLowRankAdapters",
 }
 
-# Networks that serve the others (evaluation features, text conditioning) and have no published checkpoints.
+# Networks that serve the others (evaluation features, a pipeline to steer) and have no published checkpoints.
 HELPERS: dict[str, str] = {
+    "lab-llava": "vistok.training.lvlm:LabLlava",
     "shapes-features": "vistok.metrics.features:ShapesFeatures",
+    "seed-unclip": "vistok.tokenizers.seed:UnCLIPDenoiser",
+    "image-language": "vistok.training.image_language:ImageLanguage",
+    "caption-encoder": "vistok.training.caption_encoder:CaptionEncoder",
+    "text-to-image": "vistok.training.text_to_image:TextToImage",
 }
 
 

@@ -139,12 +139,11 @@ def generate(
     ids = torch.zeros(len(labels), 0, dtype=torch.int64, device=labels.device)
     for _ in range(model.num_tokens if num_tokens is None else num_tokens):
         read = torch.cat([ids, ids]) if guided else ids
-        logits = model.head(model.run_blocks(model.embed(read, first), None)).float()  # of every position
+        # The authors also apply the head to every position; left out, so that the comparison is about the cache alone.
+        logits = model.head(model.run_blocks(model.embed(read, first), None)[:, -1:]).float()
         if guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + guidance_scale * (cond - uncond)
-        chosen = sampling.choose_tokens(
-            logits[:, -1:], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
+        chosen = sampling.choose_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         ids = torch.cat([ids, chosen], dim=1)
     return ids

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.plain.diffusion import known_after, reverse_step
-from benchmarks.plain.mar import sample_head
+from benchmarks.plain.mar import modulated, sample_head
 from vistok.generators.himar import DiffusionTransformer, HiMAR
 from vistok.nn import diffusion, masked
 from vistok.nn.diffusion import cosine_process
+from vistok.nn.diffusion_head import timestep_features
+from vistok.nn.masked import patchify, unpatchify
 from vistok.nn.sampling import Generators
 
 __all__ = ["generate"]
@@ -52,6 +54,19 @@ def hidden_states(model: HiMAR, tokens: Tensor, mask: Tensor, context: Tensor, p
     return model.decoder_norm(full)[:, total:] + model.diffusion_pos_embed_learned
 
 
+def denoise(net: DiffusionTransformer, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    """The dense head's network on latents [R, C, H, W]: each block makes its own modulation of every token."""
+    states = net.x_embedder(patchify(x, 1)) + net.pos_embed
+    embedded = net.t_embedder.mlp(timestep_features(timesteps))[:, None] + net.c_embedder(condition)
+    for block in net.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(embedded).chunk(6, dim=-1)
+        states = states + gate1 * block.attn(modulated(states, shift1, scale1))
+        states = states + gate2 * block.mlp(modulated(states, shift2, scale2))
+    last = net.final_layer
+    states = last.linear(modulated(states, *last.adaLN_modulation(embedded).chunk(2, dim=-1)))
+    return unpatchify(states, net.tokens, 1)
+
+
 def sample_dense(
     net: DiffusionTransformer,
     condition: Tensor,
@@ -71,7 +86,7 @@ def sample_dense(
     for step in reversed(range(len(process))):
         index = torch.full((len(x),), step)
         x = torch.where(unknown, x, process.add_noise(known, index, start))
-        eps = net(x[:images].repeat(copies, 1, 1, 1), torch.tensor(process.timesteps)[index], condition)
+        eps = denoise(net, x[:images].repeat(copies, 1, 1, 1), torch.tensor(process.timesteps)[index], condition)
         if guidance_scale is not None:
             with_condition, without = eps.chunk(2)
             eps = (without + guidance_scale * (with_condition - without)).repeat(2, 1, 1, 1)
@@ -97,6 +112,7 @@ def generate(
     pivot_guidance_scale: float = 1.0,
     temperature: float = 1.0,
     num_inference_steps: int = 4,
+    num_pivot_steps: int | None = None,
     generator: Generators = None,
 ) -> tuple[Tensor, Tensor]:
     """Pivots [B, P, C] and tokens [B, N, C] with linear guidance; arguments as in `HiMAR.sample`."""
@@ -104,7 +120,7 @@ def generate(
     channels, config = model.token_size, model.config
     orders = [masked.random_orders(batch, count, generator) for count in (pivots, dense)]
     small, states = torch.zeros(batch, pivots, channels), torch.zeros(batch, pivots, model.fake_latent.shape[1])
-    guided, left, steps = pivot_guidance_scale != 1.0, pivots, 4 * model.pivot_grid[0]
+    guided, left, steps = pivot_guidance_scale != 1.0, pivots, num_pivot_steps or 4 * model.pivot_grid[0]
     copies = 2 if guided else 1
     for index in range(steps):
         mask = torch.ones(batch, pivots + dense, dtype=torch.bool)

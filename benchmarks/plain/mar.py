@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.plain.diffusion import known_after, reverse_step
 from vistok.generators.mar import MAR
 from vistok.nn import diffusion, masked
 from vistok.nn.diffusion import cosine_process
-from vistok.nn.diffusion_head import DiffusionHead
+from vistok.nn.diffusion_head import NORM_EPS, DiffusionHead, MLPDenoiser, timestep_features
 from vistok.nn.sampling import Generators
 
-__all__ = ["generate", "sample_head"]
+__all__ = ["generate", "modulated", "sample_head"]
 
 
 def hidden_states(model: MAR, tokens: Tensor, mask: Tensor, context: Tensor) -> Tensor:
@@ -37,6 +38,22 @@ def hidden_states(model: MAR, tokens: Tensor, mask: Tensor, context: Tensor) -> 
     for block in model.decoder_blocks:
         full = block(full)
     return model.decoder_norm(full)[:, total:] + model.diffusion_pos_embed_learned
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then modulation."""
+    return functional.layer_norm(x, (x.shape[-1],), eps=NORM_EPS) * (1 + scale) + shift
+
+
+def denoise(net: MLPDenoiser, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    """The head's network: each row embeds its timestep and condition, and each block modulates them for itself."""
+    embedded = net.time_embed.mlp(timestep_features(timesteps)) + net.cond_embed(condition)
+    x = net.input_proj(x)
+    for block in net.res_blocks:
+        shift, scale, gate = block.adaLN_modulation(embedded).chunk(3, dim=-1)
+        x = x + gate * block.mlp(block.in_ln(x) * (1 + scale) + shift)
+    last = net.final_layer
+    return last.linear(modulated(x, *last.adaLN_modulation(embedded).chunk(2, dim=-1)))
 
 
 def sample_head(
@@ -59,10 +76,10 @@ def sample_head(
         index = torch.full((len(x),), step)
         timesteps = torch.tensor(process.timesteps)[index]
         if guidance_scale is None:
-            eps, logits = head.net(x, timesteps, condition).chunk(2, dim=-1)
+            eps, logits = denoise(head.net, x, timesteps, condition).chunk(2, dim=-1)
         else:
             both = torch.cat([x[:rows], x[:rows]])
-            eps, logits = head.net(both, timesteps, condition).chunk(2, dim=-1)
+            eps, logits = denoise(head.net, both, timesteps, condition).chunk(2, dim=-1)
             with_condition, without = eps.chunk(2)
             guided = without + guidance_scale * (with_condition - without)
             eps = torch.cat([guided, guided])

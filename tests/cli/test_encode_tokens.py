@@ -91,6 +91,23 @@ def test_fewer_tokens_are_the_first_ones_and_a_picture_is_independent_of_the_oth
     assert np.abs(rows[1] - cells(alone.with_suffix(".png"), 3)[0]).max() <= 1
 
 
+def test_lengths_choose_a_tokenizer_with_ordered_tokens(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(name: str) -> object:
+        asked.append(name)
+        return load_tokenizer({"flextok-shapes": "flextok.tiny", "vq-shapes": "vq.tiny"}[name])
+
+    monkeypatch.setattr("vistok.cli.pictures.load_tokenizer", load)
+    file = str(tmp_path / "tokens.safetensors")
+    assert main(["encode", str(photo), "--tokens", "1", "-o", file, *FEW]) == 0
+    assert VisualTokens.load(file).shape == (1, 1)
+    assert main(["encode", str(photo), "-o", file]) == 0
+    assert asked == ["flextok-shapes", "vq-shapes"]
+
+
 def test_without_lengths_all_tokens_are_written_and_nothing_is_drawn(photo: Path, tmp_path: Path) -> None:
     file = tmp_path / "tokens.safetensors"
     assert main(["encode", str(photo), "--model", "flextok.tiny", "-o", str(file)]) == 0

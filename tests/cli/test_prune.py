@@ -99,17 +99,17 @@ def test_an_interruption_keeps_what_is_finished(
 ) -> None:
     from vistok.metrics.pruning import UNPRUNED, Asker
 
-    original = Asker.ask
+    original = Asker.ask_all
 
-    def ask(self: Asker, picture: Image.Image, question: str, method: str = UNPRUNED, *rest: float) -> object:
+    def ask(self: Asker, asked: list, method: str = UNPRUNED, *rest: float) -> object:
         if method == "random":
             raise KeyboardInterrupt
-        return original(self, picture, question, method, *rest)
+        return original(self, asked, method, *rest)
 
     arguments = ["eval", "pruners", "--model", model, "--data", str(data), "--max-new-tokens", "2", "--json"]
     arguments += ["--method", "fopru", "--method", "random", "--keep-ratio", "0.5", "-o", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(Asker, "ask", ask)
+        patch.setattr(Asker, "ask_all", ask)
         assert main(arguments) == 130
     printed = capsys.readouterr()
     first = json.loads(printed.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.controllers.conftest import make_flux, make_sd
+from vistok import hub
 from vistok.cli import main
 from vistok.cli.steer import ATTRIBUTES, parse_attribute, parse_scales, with_scale
 from vistok.controllers import AttributeDelta, AttributeDirections, AttributeEdit, ContrastivePrompts, PromptPair
@@ -208,10 +210,48 @@ def test_bad_input_is_one_line(
     assert said in refused(run(*options))
 
 
-def test_the_model_must_be_named(refused: Callable[[int], str]) -> None:
-    message = refused(main(["steer", PROMPT, "--subject", "circle", "--attribute", "size"]))
-    assert "--model" in message
-    assert "stable-diffusion" in message
+def test_the_lab_pipeline_is_the_default(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "assets" / "t2i-shapes")
+    facts = {"system": "text-to-image", "sampling": {"guidance_scale": 2.5, "num_inference_steps": 2}}
+    (tmp_path / "assets" / "t2i-shapes" / "vistok.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
+    arguments = ["steer", PROMPT, "--subject", "circle", "--attribute", "size", "--scale", "0,30", "--no-labels"]
+    reports = []
+    for index, options in enumerate(([], ["--num-inference-steps", "3", "--guidance-scale", "1.5"])):
+        assert main([*arguments, *options, "-o", str(tmp_path / f"{index}.png"), "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    # Its checkpoint's own sampler settings, unless others are given.
+    assert [report["model"] for report in reports] == ["t2i-shapes"] * 2
+    assert [report["num_inference_steps"] for report in reports] == [2, 3]
+    assert [report["guidance_scale"] for report in reports] == [2.5, 1.5]
+    shared = ["--model", folder, "--num-inference-steps", "2", "--guidance-scale", "2.5"]
+    assert main([*arguments, *shared, "-o", str(tmp_path / "2.png")]) == 0
+    for one, two in zip(cells(tmp_path / "0.png", 2), cells(tmp_path / "2.png", 2), strict=True):
+        assert np.abs(one - two).max() <= 1
+
+
+def test_names_of_other_models_are_refused(
+    refused: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = ["-o", str(tmp_path / "strip.png")]
+    arguments = ["steer", PROMPT, "--subject", "circle", "--attribute", "size", *output]
+    message = refused(main([*arguments, "--model", "nar-shapes"]))
+    assert "NAR is none of the pipelines whose text states are known" in message
+    assert "Stable Diffusion" in message
+    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    assert "there is no pipeline at 't2i-shapes'" in refused(main(arguments))
+
+
+def test_a_pipeline_without_text_encoder_is_refused(tmp_path: Path, refused: Callable[[int], str]) -> None:
+    pipe = make_sd()
+    pipe.register_modules(text_encoder=None)
+    pipe.save_pretrained(tmp_path / "mute")
+    options = ["--subject", "circle", "--attribute", "size", "-o", str(tmp_path / "strip.png")]
+    message = refused(main(["steer", PROMPT, "--model", str(tmp_path / "mute"), *options]))
+    assert "cannot be loaded" in message
+    assert "text_encoder" in message
 
 
 def test_a_subject_beyond_the_encoder_is_refused(run: Run, refused: Callable[[int], str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.controllers.conftest import draw, make_sd, pipeline
+from tests.controllers.conftest import draw, make_flux, make_sd, make_sd3, make_sdxl, pipeline
 from vistok.controllers.attribute_directions import (
     AttributeDelta,
     AttributeDirections,
@@ -165,6 +165,38 @@ def test_prompts_with_different_subjects_places_and_several_edits() -> None:
     )
     assert repeated["prompt_embeds"].shape[0] == repeated["negative_prompt_embeds"].shape[0] == 4
     assert torch.equal(repeated["prompt_embeds"][0], repeated["prompt_embeds"][1])
+
+
+def test_each_prompt_of_a_batch_may_have_its_own_subject() -> None:
+    pipe = pipeline("sd")
+    delta = delta_for(pipe)
+    subjects = {"a woman and a man": "man", "a truck and a woman": "truck"}
+    controller = AttributeDirections(AttributeEdit(delta, subjects, [2.0, -1.0]), delay=0)
+    batch = controller.prompt_kwargs(pipe, list(subjects))["prompt_embeds"]
+    for row, (prompt, subject, scale) in enumerate(zip(subjects, subjects.values(), (2.0, -1.0), strict=True)):
+        single = AttributeDirections(AttributeEdit(delta, subject, scale), delay=0)
+        assert torch.allclose(batch[row], single.prompt_kwargs(pipe, prompt)["prompt_embeds"][0], atol=1e-5)
+    with pytest.raises(InvalidInputError, match="no subject is given for the prompt 'a dog'"):
+        controller.prompt_kwargs(pipe, ["a woman and a man", "a dog"])
+
+
+def test_pipelines_that_lost_their_text_encoder_are_refused() -> None:
+    delta = AttributeDelta.tiny({"oai_clip_vit_l": 32})
+    for make, component, named in (
+        (make_sd, "text_encoder", "oai_clip_vit_l"),
+        (make_sd, "tokenizer", "oai_clip_vit_l"),
+        (make_sdxl, "text_encoder_2", "openclip_g"),
+        (make_flux, "text_encoder_2", "t5_xxl"),
+    ):
+        pipe = make()
+        pipe.register_modules(**{component: None})
+        with pytest.raises(InvalidInputError, match=f"no text encoder or tokenizer for {named}"):
+            AttributeDirections(AttributeEdit(delta, "woman")).attach(pipe)
+    # SD3 may come without T5; a delta for T5 alone then has nothing to act on.
+    pipe = make_sd3()
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    with pytest.raises(InvalidInputError, match=r"made for t5_xxl \(80 wide\)"):
+        AttributeDirections(AttributeEdit(AttributeDelta.tiny({"t5_xxl": 80}), "woman")).prompt_kwargs(pipe, PROMPT)
 
 
 def test_occurrences_plurals_and_capitals() -> None:

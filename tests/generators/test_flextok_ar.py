@@ -21,7 +21,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "guidance_scale": 2.0}
 
 def build(text: bool = False, **overrides: Any) -> FlexTokAR:
     torch.manual_seed(0)
-    return FlexTokAR.tiny(**({"caption_dim": 12} if text else {}), **overrides)
+    return FlexTokAR.tiny(**{"vocab_size": 64, **({"caption_dim": 12} if text else {}), **overrides})
 
 
 def captions(*lengths: int, seed: int = 0) -> TextCondition:

@@ -222,8 +222,7 @@ def test_text_features_are_left_padded_and_do_not_depend_on_the_batch() -> None:
 def test_a_tokenizer_that_decodes_by_sampling_draws_from_the_image_s_generator() -> None:
     torch.manual_seed(0)
     tokenizer = FlexTok.tiny()
-    writer = FlexTokAR.tiny(vocab_size=tokenizer.codebook_size, num_tokens=tokenizer.num_registers)
-    pipe = GenerationPipeline(writer, tokenizer)
+    pipe = GenerationPipeline(FlexTokAR.tiny(), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     together = pipe(class_labels=[1, 1], generator=seeds(1, 2), output_type="pt").images
     alone = pipe(class_labels=1, generator=seeds(2), output_type="pt").images
@@ -235,4 +234,4 @@ def test_a_tokenizer_that_decodes_by_sampling_draws_from_the_image_s_generator()
     np.testing.assert_array_equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(InvalidInputError, match="codebook of 64, but FlexTok has"):
-        GenerationPipeline(FlexTokAR.tiny(), tokenizer)
+        GenerationPipeline(FlexTokAR.tiny(vocab_size=64), tokenizer)

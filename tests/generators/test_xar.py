@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import xar as benchmark
 from benchmarks.plain import xar as plain
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError, UnknownNameError
 from vistok.generators.xar import XAR, EntityRun, annealed_steps, entity_layout
@@ -533,15 +531,3 @@ def test_damaged_weights_are_noticed() -> None:
     model.pred.bias.data.fill_(float("nan"))
     with pytest.raises(InvalidOutputError, match="NaN"):
         model.generate(LABELS, num_inference_steps=2)
-
-
-def test_the_benchmark_compares_equal_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = {"latent_channels": 4, "grid": (4, 4), "entity_size": 2, "hidden_size": 32, "num_classes": 10}
-    heads = {"encoder_layers": 1, "encoder_heads": 4, "decoder_layers": 1, "decoder_heads": 4}
-    monkeypatch.setitem(benchmark.SIZES, "lab", tiny | heads)
-    benchmark.main(["--batch", "2", "--steps", "2", "--repeats", "1", "--output", str(tmp_path / "xar")])
-    saved = json.loads((tmp_path / "xar.json").read_text())
-    (measured,) = saved["measurements"]
-    assert set(measured["rows"]) == {"plain", *(f"plain + {name}" for name in [*saved["savings"], "all"]), "vistok"}
-    assert all(row["largest_difference"] < 1e-4 for row in measured["rows"].values())
-    assert (tmp_path / "xar.png").stat().st_size > 1000

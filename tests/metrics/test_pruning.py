@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.cli.lvlm import save_lvlm, save_questions
+from vistok.data.shapes import QUESTION_KINDS
 from vistok.errors import InvalidInputError
 from vistok.files import open_image
+from vistok.metrics.accuracy import Accuracy
 from vistok.metrics.pruning import (
     METHODS,
     UNPRUNED,
@@ -19,13 +22,16 @@ from vistok.metrics.pruning import (
     Target,
     answers_agree,
     evaluate_pruners,
+    held_out_questions,
     load_lvlm,
     load_questions,
     make_pruner,
+    paired_difference,
     pareto,
     plot_pareto,
+    winners,
 )
-from vistok.pruners import SparseVLM, TransPrune, VFlowOpt
+from vistok.pruners import FoPru, Pruner, SparseVLM, TransPrune, VFlowOpt
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,20 @@ def test_joined_methods_end_at_the_keep_ratio_together(method: str) -> None:
     assert last_kept(method, 0.25) == pytest.approx(144, abs=3)
     early = make_pruner(method, Target(0.25, 32, 1, 576, 576)).plan(32, 576)[0]
     assert early == pytest.approx(288, abs=2), "half before the language model"
+
+
+def test_a_ratio_of_one_is_the_unpruned_model_bit_for_bit(lvlm: tuple[Any, Any], data: Path) -> None:
+    model, processor = lvlm
+    inputs = Asker(model, processor).inputs(open_image(data / "0.png"), "what colour is it")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for method in (*METHODS, "fopru+transprune"):
+            pruner = make_pruner(method, Target(1.0, 4, 1, 16, 16))
+            assert pruner.plan(4, 16) == [16] * 4
+            with pruner.attached(model):
+                assert torch.equal(model(**inputs).logits, before), method
+            assert pruner.last_report is not None
+            assert pruner.last_report.average_kept == 1.0
 
 
 def test_without_a_ratio_the_published_setting_is_taken() -> None:
@@ -203,6 +223,7 @@ def test_an_evaluation_covers_every_method_and_ratio(lvlm: tuple[Any, Any], data
     assert half["flops_share"] < 1
     assert half["accuracy"]["total"] == 3
     assert any(row.get("pareto") for row in report["parts"])
+    assert half["hits"] in {f"{number:03b}" for number in range(8)}
     json.dumps(report)
     plot_pareto(report, tmp_path / "pareto.png")
     with Image.open(tmp_path / "pareto.png") as picture:
@@ -224,15 +245,15 @@ def test_an_interrupted_run_goes_on(
     lvlm: tuple[Any, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    original = Asker.ask
+    original = Asker.ask_all
 
-    def counted(self: Asker, picture: Any, question: str, method: str = UNPRUNED, *rest: Any) -> Any:
+    def counted(self: Asker, some: Any, method: str = UNPRUNED, *rest: Any) -> Any:
         asked.append(method)
         if len(asked) == stop:
             raise KeyboardInterrupt
-        return original(self, picture, question, method, *rest)
+        return original(self, some, method, *rest)
 
-    monkeypatch.setattr(Asker, "ask", counted)
+    monkeypatch.setattr(Asker, "ask_all", counted)
     stop = 7  # warm-up and three answers unpruned; warm-up and one answer of fopru
     report = evaluated(lvlm, data, tmp_path / "out", methods=["fopru"])
     assert report["interrupted"]
@@ -252,6 +273,112 @@ def test_an_interrupted_run_goes_on(
     # Other settings are other answers.
     evaluated(lvlm, data, tmp_path / "out", methods=["fopru"], max_new_tokens=1)
     assert len(asked) == 3 * (1 + 3)
+
+
+def test_a_batch_gives_the_answers_and_costs_of_single_questions(
+    lvlm: tuple[Any, Any], data: Path, tmp_path: Path
+) -> None:
+    lines = [(0, "what"), (1, "what colour is it"), (2, "is it red")]
+    records = [{"image": f"{number}.png", "question": text, "answer": "x"} for number, text in lines]
+    (data / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    asker = Asker(*lvlm, max_new_tokens=3)
+    pairs = [(open_image(data / f"{number}.png"), text) for number, text in lines]
+    for method, ratio in (
+        (UNPRUNED, None),
+        ("fopru", 0.5),
+        ("transprune", 0.25),
+        ("sparsevlm", 0.5),
+        ("visionzip", 0.5),
+    ):
+        single = [asker.ask(*pair, method, ratio) for pair in pairs]
+        together = asker.ask_all(pairs, method, ratio)
+        for one, other in zip(single, together, strict=True):
+            for name in ("text", "prompt_tokens", "visual_tokens", "kept_tokens", "average_kept", "flops", "kv_bytes"):
+                assert getattr(one, name) == getattr(other, name), (method, name)
+    report = evaluated(lvlm, data, tmp_path / "one", methods=["fopru", "random"])
+    batched = evaluated(lvlm, data, tmp_path / "two", methods=["fopru", "random"], batch_size=2)
+    for one, other in zip(report["parts"], batched["parts"], strict=True):
+        assert (one["hits"], one["flops"], one["kv_bytes"]) == (other["hits"], other["flops"], other["kv_bytes"])
+    with pytest.raises(InvalidInputError, match="batch_size"):
+        evaluated(lvlm, data, tmp_path / "three", batch_size=0)
+    calls: list[int] = []
+    hook = lvlm[0].model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    methods = ["fopru", "random", "vflowopt", "visionzip", "fastv"]
+    once = evaluated(lvlm, data, tmp_path / "four", methods=methods, batch_size=2, reuse_tower=True)
+    hook.remove()
+    assert len(calls) == 2, "each picture goes through the tower once, in two batches"
+    anew = evaluated(lvlm, data, tmp_path / "five", methods=methods, batch_size=2)
+    assert [row["hits"] for row in once["parts"]] == [row["hits"] for row in anew["parts"]]
+    answers = [
+        (tmp_path / name / "answers" / "vflowopt-0.25.jsonl").read_text().splitlines()[1:] for name in ("four", "five")
+    ]
+    texts = [[json.loads(line)["text"] for line in lines] for lines in answers]
+    assert texts[0] == texts[1]
+
+
+def test_published_settings_stand_where_no_ratio_is_given(lvlm: tuple[Any, Any], data: Path) -> None:
+    report = evaluate_pruners(
+        *lvlm, load_questions(data), methods=["fastv", "random"], keep_ratios=[None], max_new_tokens=1
+    )
+    assert [(row["method"], row["keep_ratio"], row["kept_tokens"]) for row in report["parts"]] == [
+        (UNPRUNED, None, 16),
+        ("fastv", None, 8),
+        ("random", None, 4),
+    ]
+    assert winners(report) == []
+
+
+def test_a_method_of_ones_own_stands_beside_the_others(lvlm: tuple[Any, Any], data: Path) -> None:
+    seen: list[Target] = []
+
+    def first_tokens(target: Target) -> Pruner:
+        seen.append(target)
+        return FoPru(target.keep_ratio or 1.0, queries="cls")
+
+    questions = load_questions(data)
+    own = {"own": first_tokens}
+    report = evaluate_pruners(
+        *lvlm, questions, methods=["fastervlm"], own=own, keep_ratios=[0.5, 0.25], max_new_tokens=2
+    )
+    rows = {(row["method"], row["keep_ratio"]): row for row in report["parts"]}
+    assert seen == [Target(ratio, 4, 1, 16, 16) for ratio in (0.5, 0.25)]
+    assert rows["own", 0.25]["hits"] == rows["fastervlm", 0.25]["hits"]
+    assert rows["own", 0.25]["kept_tokens"] == 4
+    for name in ("fopru", "unpruned", "a+b"):
+        with pytest.raises(InvalidInputError, match="something else"):
+            evaluate_pruners(*lvlm, questions, own={name: first_tokens})
+
+
+def test_winners_compare_the_same_questions() -> None:
+    def row(method: str, hits: str) -> dict[str, Any]:
+        return {"method": method, "keep_ratio": 0.25, "hits": hits, "accuracy": Accuracy.of(map(int, hits)).to_dict()}
+
+    best = row("best", "1" * 40)
+    close, worse = row("close", "1" * 39 + "0"), row("worse", "1" * 20 + "0" * 20)
+    (found,) = winners({"parts": [worse, close, best]})
+    assert (found.best, found.level) == (("best",), ("close",))
+    assert str(found) == "at 0.25: best best (100.0 %); not told from close"
+    (found,) = winners({"parts": [worse, best]})
+    assert str(found) == "at 0.25: best best (100.0 %); ahead of all others"
+    (found,) = winners({"parts": [best, {**best, "method": "twin"}]})
+    assert str(found) == "at 0.25: best best, twin (100.0 %)"
+    assert paired_difference([1, 1, 0, 0], [1, 0, 1, 0])[0] == 0
+    low, high = paired_difference([1] * 90 + [0] * 10, [0] * 100)[1:]
+    assert 0.8 < low < 0.9 < high < 1
+    with pytest.raises(InvalidInputError, match="as many"):
+        paired_difference([1], [1, 0])
+
+
+def test_lab_questions_are_held_out_balanced_and_repeat() -> None:
+    found = held_out_questions(14, 32)
+    assert {one.kind for one in found} == set(QUESTION_KINDS)
+    assert all(one.picture().size == (32, 32) and len(one.answers) == 1 for one in found)
+    again = held_out_questions(14, 32)
+    assert [one.picture_bytes() for one in found] == [one.picture_bytes() for one in again]
+    assert [one.question for one in found] == [one.question for one in again]
+    assert [one.question for one in held_out_questions(14, 32, seed=1)] != [one.question for one in found]
+    with pytest.raises(InvalidInputError, match="from 1 on"):
+        held_out_questions(0, 32)
 
 
 def test_settings_of_an_evaluation_are_checked(lvlm: tuple[Any, Any], data: Path, tmp_path: Path) -> None:

@@ -236,11 +236,23 @@ def test_keeping_everything_changes_no_bit(family: str) -> None:
         RandomPruner(1.0),
         TransPrune(accumulate=(1, 2), prune=(2, 3), ratios=(1.0, 1.0)),
         VFlowOpt(Settings((1.0, 1.0), 1.0, 3.0), layers=(2,)),
+        PyramidDrop((2, 3), (1.0, 1.0)),
+        FoPru(1.0, "row", newline="keep_all"),
     ]
     for pruner in every:
         with pruner.attached(model):
             after = greedy(model, inputs)
         assert torch.equal(steps(before), steps(after)), type(pruner).__name__
+
+
+@pytest.mark.parametrize("method", ["stacked", "vflowopt", "sparsevlm"])
+def test_reported_bytes_are_those_of_a_padded_cache(method: str) -> None:
+    model, pruner = build("llava"), METHODS[method]()
+    batch = left_padded([prompt(model, "llava", 1, question=5), prompt(model, "llava", 2, question=9)])
+    with pruner.attached(model):
+        cache = model(**batch, use_cache=True, logits_to_keep=1).cache
+    held = sum(one.numel() * one.element_size() for layer in cache.layers for one in (layer.keys, layer.values))
+    assert pruner.last_report.kv_bytes == held < pruner.last_report.unpruned_kv_bytes
 
 
 def test_positions_are_closed_or_kept() -> None:

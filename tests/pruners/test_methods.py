@@ -23,6 +23,7 @@ from vistok.pruners import (
     UniformPooling,
     VFlowOpt,
     VisionZip,
+    divprune,
 )
 from vistok.pruners.divprune import diverse_tokens
 from vistok.pruners.fopru import select_rank, select_rows
@@ -70,8 +71,10 @@ def test_schedules() -> None:
     assert Schedule.for_budget(0.3, 32).average_kept(32) == pytest.approx(0.3)
     with pytest.raises(InvalidInputError, match="average share lies in"):
         Schedule.for_budget(0.1, 32)
-    with pytest.raises(InvalidInputError, match="too shallow"):
-        high.scaled(4)
+    assert high.scaled(8) == Schedule((2, 3, 4), (2, 3, 4), high.ratios), "7, 9 and 12 of 32 would be 2, 2 and 3"
+    assert Schedule.for_budget(0.5, 8).average_kept(8) == pytest.approx(0.5)
+    with pytest.raises(InvalidInputError, match="3 pruning layers do not fit a decoder of 3 layers"):
+        high.scaled(3)
 
 
 def test_rows_and_ranks_of_a_grid() -> None:
@@ -81,7 +84,7 @@ def test_rows_and_ranks_of_a_grid() -> None:
     assert select_rank(significance, 0.001).tolist() == [0], "at least one"
 
 
-def test_diverse_tokens_equal_the_plain_greedy() -> None:
+def test_diverse_tokens_equal_the_plain_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     features = torch.randn(50, 8)
     unit = torch.nn.functional.normalize(features, dim=-1)
@@ -91,6 +94,8 @@ def test_diverse_tokens_equal_the_plain_greedy() -> None:
         least = distance[order].amin(dim=0)
         least[order] = -1
         order.append(int(least.argmax()))
+    assert diverse_tokens(features, 12).tolist() == order
+    monkeypatch.setattr(divprune, "_DISTANCES_AT_ONCE", 200)  # rows are then computed as they are needed
     assert diverse_tokens(features, 12).tolist() == order
     assert diverse_tokens(features[:1], 1).tolist() == [0]
 

@@ -114,7 +114,7 @@ def test_modulations_are_computed_once_and_follow_the_weights(model: FlexTok) ->
     assert calls == [3, 3]
     assert not torch.equal(changed, first)
     fresh = copy.deepcopy(model)
-    fresh._schedule = None
+    fresh.decoder._schedule = None
     assert torch.equal(fresh.decode(tokens, noise=noise, **STEPS), changed)
 
 

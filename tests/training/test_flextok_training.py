@@ -1,6 +1,7 @@
 """FlexTok and its generator in the trainer: seeded draws of the decoder, exact resume, facts, and the lab's recipes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from tests.training.common import generator_values, vq_values
 from vistok import hub
 from vistok.errors import InvalidInputError
 from vistok.tokenizers.flextok import FlexTok
+from vistok.tokenizers.kl import KLModel
+from vistok.training import monitors
 from vistok.training.monitors import TokenizerMonitor
 from vistok.training.recipe import load_recipe, parse_recipe
-from vistok.training.sources import ShapesImages
-from vistok.training.trainer import Trainer, build_model, check_vocabulary
+from vistok.training.sources import ShapesImages, open_source
+from vistok.training.trainer import Trainer, build_model, check_vocabulary, give_autoencoder
 
 CPU = {"device": "cpu", "tensorboard": False}
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -159,10 +162,92 @@ def test_the_monitor_draws_the_same_noise_every_time(model):
     assert changed.validate(model)["val/psnr"] != figures[0]["val/psnr"]
 
 
+def test_the_oracle_reads_what_a_prefix_keeps_of_simple_scenes(monkeypatch):
+    monkeypatch.setattr(monitors, "HELD_OUT_SCENES", 2)
+    monkeypatch.setattr(monitors, "READ_SCENES", 2)
+    torch.manual_seed(0)
+    model = FlexTok.tiny(**{**TOKENIZER, "patch_size": 8})
+    data = {"source": "shapes-images", "image_size": 32, "photo_ratio": 0.0}
+    recipe = parse_recipe(tokenizer_values(data=data))
+    monitor = TokenizerMonitor(recipe, model, ShapesImages(recipe.data, recipe.seed), torch.device("cpu"))
+    perfect = monitor.single
+    monkeypatch.setattr(model, "decode_prefixes", lambda tokens, lengths, **_: perfect[:, None].repeat(1, 2, 1, 1, 1))
+    figures = monitor.validate(model)
+    assert (figures["val/agreement_4"], figures["val/agreement_5"]) == (1.0, 1.0)
+    blank = torch.zeros(2, 2, 3, 32, 32)
+    monkeypatch.setattr(model, "decode_prefixes", lambda tokens, lengths, **_: blank)
+    assert monitor.validate(model)["val/agreement_4"] == 0.0
+
+
 def test_a_sampling_setting_that_the_decoder_lacks_is_named(model):
     recipe = parse_recipe(tokenizer_values(sampling={"guidance_scale": 2.0, "top_k": 5}))
     with pytest.raises(InvalidInputError, match=r"FlexTok\.decode has no setting top_k"):
         TokenizerMonitor(recipe, model, ShapesImages(recipe.data, 0), torch.device("cpu"))
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """A folder with a KL tokenizer of 2x2 pixels and 4 channels."""
+    torch.manual_seed(0)
+    KLModel.tiny().save_pretrained(tmp_path / "latents")
+    return str(tmp_path / "latents")
+
+
+def on_latents(latents, **changes):
+    config = {**TOKENIZER, "autoencoder": latents, "autoencoder_factor": 2, "latent_channels": 4, "patch_size": 2}
+    return tokenizer_values(model={"system": "flextok", "config": config}, tokenizer=latents, **changes)
+
+
+def test_on_the_latents_of_another_tokenizer_pictures_are_encoded_once_and_the_auto_encoder_stays_out(
+    latents, tmp_path
+):
+    data = {
+        "source": "shapes-images",
+        "image_size": 16,
+        "objects": [1, 3],
+        "single_ratio": 0.5,
+        "scenes": 24,
+        "photo_ratio": 0.25,
+        "held_out_photos": ["coffee"],
+    }
+    result = train_with_and_without_interruption(on_latents(latents, data=data), tmp_path)
+    assert result.metrics["val/psnr"] > 0
+    (cached,) = (tmp_path / "token-cache").glob("*/moments.npy")  # once for both runs
+    assert np.load(cached).shape == (24, 8, 8, 8)
+    folder = result.run_dir / "model"
+    facts = json.loads((folder / "vistok.json").read_text())
+    assert facts["autoencoder"] == latents
+    assert facts["sampling"] == {"guidance_scale": 2.0, "num_inference_steps": 2}
+    model = hub.load(folder)
+    assert not [name for name in model.state_dict() if not name.startswith(("encoder.", "decoder."))]
+    assert (model.config.guidance_scale, model.config.num_inference_steps) == (2.0, 2)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    tokens = model.encode(images)
+    drawn = model.decode(tokens, generator=torch.Generator().manual_seed(0))
+    same = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(0)}
+    assert torch.equal(drawn, model.decode(tokens, **same))
+    assert drawn.shape == images.shape
+
+
+def test_the_pictures_of_the_cache_are_those_of_the_source(latents, tmp_path):
+    recipe = parse_recipe(
+        on_latents(
+            latents,
+            data={"source": "shapes-images", "image_size": 16, "scenes": 6, "photo_ratio": 0.5, "single_ratio": 1.0},
+        )
+    )
+    tokenizer = hub.load(latents)
+    cached = open_source(recipe, tokenizer=tokenizer, cache=tmp_path / "cache", device=torch.device("cpu"))
+    images = ShapesImages(replace(recipe.data, scenes=0), recipe.seed)
+    assert all(len(images.scene(number).objects) == 1 for number in range(20))
+    numbers = np.arange(12)
+    expected = tokenizer.moments(images.batch(cached.order(numbers))["images"].float() / 127.5 - 1)
+    assert torch.allclose(cached.batch(numbers)["moments"], expected, atol=2e-2)
+
+
+def test_a_recipe_must_name_the_tokenizer_that_its_network_works_on(latents, tmp_path):
+    with pytest.raises(InvalidInputError, match="but the recipe's tokenizer is None"):
+        Trainer(parse_recipe({**on_latents(latents), "tokenizer": None}), tmp_path / "run", **CPU).fit()
 
 
 def test_the_recipes_of_the_lab_fit_each_other_and_the_size_that_may_ship():
@@ -174,6 +259,8 @@ def test_the_recipes_of_the_lab_fit_each_other_and_the_size_that_may_ship():
     check_vocabulary(second, generator, tokenizer)
     assert generator.num_tokens == tokenizer.num_registers
     assert tokenizer.image_size == (first.data.image_size,) * 2 == (second.data.image_size,) * 2
+    latents = build_model(load_recipe(RECIPES / f"{first.tokenizer}.yaml")).eval()
+    give_autoencoder(first, tokenizer, latents)
     losses = tokenizer.training_loss({"images": torch.rand(2, 3, 64, 64) * 2 - 1})
     assert losses["loss"].isfinite()
     tokens = tokenizer.eval().encode(torch.zeros(2, 3, 64, 64))

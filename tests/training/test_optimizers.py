@@ -100,3 +100,27 @@ def test_codes_that_are_alike_start_alike(model):
 def test_codebook_embeddings_need_a_tokenizer():
     with pytest.raises(InvalidInputError, match="tokenizer"):
         parse_recipe(RECIPE)
+
+
+def test_muon_steps_convolutions_as_matrices() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 32, 3), torch.nn.Conv2d(32, 4, 1))
+    settings = OptimizerRecipe(name="muon", lr=0.1, weight_decay=0.0, convolutions=True)
+    optimizer = build_optimizer(network, settings, CPU)
+    hidden = network[1].weight
+    before = hidden.detach().clone()
+    network(torch.randn(2, 3, 9, 9)).square().mean().backward()
+    gradient = hidden.grad.clone()
+    optimizer.step()
+    # What Muon does to the matrix that the weight is.
+    matrix = torch.nn.Parameter(before.flatten(1).clone())
+    matrix.grad = gradient.flatten(1)
+    torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    assert torch.equal(hidden.detach().flatten(1), matrix.detach())
+    assert not torch.equal(hidden.detach(), before)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in network.parameters())
+    plain = build_optimizer(network, OptimizerRecipe(name="adamw", lr=0.1), CPU)
+    assert not hasattr(plain, "convolutions")
+    with pytest.raises(InvalidInputError, match="channels_last"):
+        build_optimizer(network.to(memory_format=torch.channels_last), settings, CPU)

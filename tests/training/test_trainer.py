@@ -195,7 +195,8 @@ def test_training_lowers_the_loss_and_samples_are_judged(tmp_path):
 def test_captions_reach_a_generator(tmp_path):
     from vistok.training.caption_encoder import CaptionEncoder
 
-    CaptionEncoder.tiny().export(tmp_path / "text")
+    encoder = CaptionEncoder.tiny()
+    encoder.save_transformers(tmp_path / "text", encoder.state_dict())
     config = {**LLAMAGEN, "grid": [8, 8], "num_classes": None, "caption_dim": 16, "num_condition_tokens": 24}
     recipe = generator_recipe(
         model={"system": "nar", "config": config},

@@ -47,3 +47,40 @@ def preview(
         typer.echo(json.dumps({"output": str(output), "seed": seed, "scenes": listed}))
         return
     typer.echo(f"{output}: {num_images} scenes of seed {seed}")
+
+
+@app.command()
+def questions(
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many questions.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Stream of scenes; shipped models were trained on stream 0.")] = 7,
+    num_objects: Annotated[int | None, typer.Option(min=1, max=3, help="Objects a scene (default: 1 to 3).")] = None,
+    per_image: Annotated[int, typer.Option(min=1, help="Most questions about one picture.")] = 1,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="colour, shape, size, shade, count, relation or where; repeatable (default: all in turn)"),
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write pictures and questions about them: a folder for `vistok eval pruners --data`."""
+    import json
+
+    from vistok.cli.evaluate import stages
+    from vistok.data.shapes import QUESTION_KINDS, write_questions
+
+    with stages() as on_progress:
+        file = write_questions(
+            output,
+            num,
+            seed=seed,
+            image_size=image_size,
+            num_objects=num_objects,
+            per_image=per_image,
+            kinds=tuple(kind) if kind else QUESTION_KINDS,
+            on_progress=lambda done, total: on_progress("questions", done, total),
+        )
+    if as_json:
+        typer.echo(json.dumps({"output": str(file), "questions": num, "seed": seed}))
+        return
+    typer.echo(f"{file}: {num} questions about scenes of seed {seed}")

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 def encode(
     images: Annotated[list[Path], typer.Argument(help="Pictures; several must give the same number of tokens.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="A tokenizer.")] = "vq-shapes",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A tokenizer. By default vq-shapes, and flextok-shapes with --tokens.",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[
         int | None,
         typer.Option(
@@ -47,6 +55,7 @@ def encode(
 ) -> None:
     """Encode pictures into a file of tokens, and show what the first ones of ordered tokens hold."""
     lengths = None if tokens is None else _lengths(tokens)
+    model = model or ("vq-shapes" if lengths is None else "flextok-shapes")
     from vistok.cli.pictures import codebook_size, load_tokenizer
     from vistok.errors import InvalidInputError
 
@@ -124,7 +133,7 @@ def _check_ordered(tokenizer: Any, name: str, lengths: list[int]) -> None:
     if not hasattr(tokenizer, "decode_prefixes"):
         raise InvalidInputError(
             f"{name} is a {type(tokenizer).__name__}, whose tokens have no order: its first ones are no picture; "
-            "--tokens needs a tokenizer with ordered tokens, such as flextok-d12-d12.imagenet"
+            "--tokens needs a tokenizer with ordered tokens, such as flextok-shapes"
         )
     if lengths[-1] > tokenizer.num_registers:
         raise InvalidInputError(

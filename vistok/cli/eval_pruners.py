@@ -20,7 +20,7 @@ def _eval() -> None:
 @app.command()
 def pruners(
     model: Annotated[str, typer.Option("--model", "-m", help="Shipped name, folder or Hub id of a transformers LVLM.")],
-    data: Annotated[Path, typer.Option(help="Folder of pictures.")],
+    data: Annotated[Path, typer.Option(help="Folder of pictures; or `shapes`: held-out scenes of the lab world.")],
     questions: Annotated[
         Path | None,
         typer.Option(help="JSON lines: image, question, answer (or list) (default: questions.jsonl in the folder)"),
@@ -32,7 +32,10 @@ def pruners(
         list[float] | None,
         typer.Option(help="Share of tokens left after the last stage; repeatable (default: 0.5 0.25 0.11 0.05)"),
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="Only the first questions (default: all)")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Only the first questions (default: all; 1000 of `shapes`)")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once; times are then shares of a batch.")] = 1,
     instruction: Annotated[str, typer.Option(help='After every question, e.g. "Answer with one word."')] = "",
     match: Annotated[str, typer.Option(help="exact: the answer and nothing else; contains: it occurs.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
@@ -53,12 +56,21 @@ def pruners(
     from vistok.cli.evaluate import stages
     from vistok.errors import InvalidInputError, require
     from vistok.files import write_text_atomic
-    from vistok.metrics.pruning import METHODS, check_method, evaluate_pruners, load_lvlm, load_questions, plot_pareto
+    from vistok.metrics.pruning import (
+        KEEP_RATIOS,
+        METHODS,
+        check_method,
+        evaluate_pruners,
+        held_out_questions,
+        load_lvlm,
+        load_questions,
+        plot_pareto,
+    )
     from vistok.pruners.stages import check_ratio
 
     require("matplotlib", "eval")
     methods = method or list(METHODS)
-    ratios = keep_ratio or [0.5, 0.25, 0.11, 0.05]
+    ratios = keep_ratio or list(KEEP_RATIOS)
     # What is wrong is said before a large model is loaded.
     for name in methods:
         check_method(name)
@@ -66,9 +78,12 @@ def pruners(
         check_ratio("--keep-ratio", ratio)
     if match not in ("exact", "contains"):
         raise InvalidInputError(f"--match is exact or contains, got {match!r}")
-    asked = load_questions(data, questions, num_samples)
+    lab = str(data) == "shapes" and questions is None and not data.exists()
+    asked = [] if lab else load_questions(data, questions, num_samples)
     folder = output if output is not None else Path("evaluation") / f"pruners-{Path(model).name}"
     network, processor = load_lvlm(model, device=device, dtype=dtype)
+    if lab:
+        asked = held_out_questions(num_samples or 1000, network.config.vision_config.image_size)
     with stages() as on_progress:
         report = evaluate_pruners(
             network,
@@ -77,6 +92,7 @@ def pruners(
             folder=folder,
             methods=methods,
             keep_ratios=ratios,
+            batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             instruction=instruction,
             match=match,  # type: ignore[arg-type]
@@ -106,6 +122,8 @@ def pruners(
 def _print(report: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from vistok.metrics.pruning import winners
 
     table = Table(
         "method",
@@ -141,25 +159,11 @@ def _print(report: dict[str, Any], folder: Path) -> None:
         )
     console = Console()
     console.print(table)
-    for line in (*_winners(report), *_skipped(report)):
+    for line in (*map(str, winners(report)), *_skipped(report)):
         console.print(line, markup=False, highlight=False)
     for path in (folder / "report.json", report["plot"]):
         if path:
             console.print(f"written {path}", markup=False, highlight=False)
-
-
-def _winners(report: dict[str, Any]) -> Iterator[str]:
-    """Who is best at each ratio, who cannot be told from it, and where random stands."""
-    measured = [row for row in report["parts"] if "skipped" not in row and row["keep_ratio"] is not None]
-    for ratio in dict.fromkeys(row["keep_ratio"] for row in measured):
-        rows = sorted(
-            (row for row in measured if row["keep_ratio"] == ratio), key=lambda row: -row["accuracy"]["value"]
-        )
-        best = rows[0]["accuracy"]
-        first = [row["method"] for row in rows if row["accuracy"]["value"] == best["value"]]
-        close = [row["method"] for row in rows[len(first) :] if row["accuracy"]["high"] >= best["low"]]
-        said = f"at {ratio:g}: best {', '.join(first)} ({100 * best['value']:.1f} %)"
-        yield said + (f"; intervals overlap with {', '.join(close)}" if close else "; no other interval overlaps")
 
 
 def _skipped(report: dict[str, Any]) -> Iterator[str]:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+def preview_latents(pipe: Any, latents: Any) -> list[Any]:
+    """What the latents of a running Stable Diffusion show, as PIL pictures."""
+    import torch
+
+    with torch.no_grad():
+        images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return pipe.image_processor.postprocess(images)
 
 
 def generate(
@@ -52,10 +61,30 @@ def generate(
     import torch
 
     from vistok.cli.pictures import grid_of, progress, save_picture
-    from vistok.hub import load_pipeline
+    from vistok.hub import load_pipeline, recommended_sampling
 
     pipe = load_pipeline(model, device=device)
     pipe.set_progress_bar_config(disable=True)
+    stock = hasattr(pipe, "unet")  # a text-to-image pipeline of diffusers, made of latents instead of tokens
+    settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    settings |= {"height": height, "width": width}
+    others: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "guidance_interval": guidance_interval,
+    }
+    if stock:
+        others["class"] = class_label
+        foreign = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
+        if foreign:
+            raise InvalidInputError(
+                f"{model} is a diffusion pipeline told by a prompt; it knows no {', '.join(foreign)}"
+            )
+        if (height is None) != (width is None):  # diffusers ignores one without the other
+            side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+            settings |= {"height": height or side, "width": width or side}
+        settings = recommended_sampling(model) | {key: value for key, value in settings.items() if value is not None}
     loaded = time.perf_counter()
     generators = [torch.Generator().manual_seed(seed + index) for index in range(num_images)]
     label: int | str | None = class_label
@@ -71,26 +100,27 @@ def generate(
                 strip: list = []
 
                 def on_step(pipeline: object, index: int, total: int, inputs: dict, strip: list = strip) -> dict:
-                    advance(len(inputs["tokens"]), total=total * num_images)
+                    drawn_so_far: Any = inputs["latents" if stock else "tokens"]
+                    steps = pipe.num_timesteps if stock else total  # diffusers gives the time here
+                    advance(len(drawn_so_far), total=steps * num_images)
                     if film is not None or steps_dir is not None:
-                        strip.append(pipe.preview(inputs["tokens"]))
+                        strip.append(preview_latents(pipe, drawn_so_far) if stock else pipe.preview(drawn_so_far))
                     return inputs
 
-                result = pipe(
-                    prompt,
-                    class_labels=label,
-                    num_images_per_prompt=len(part),
-                    guidance_scale=guidance_scale,
-                    guidance_interval=guidance_interval,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    num_inference_steps=num_inference_steps,
-                    height=height,
-                    width=width,
-                    generator=part,
-                    callback_on_step_end=on_step,
-                )
+                given = {} if stock else {"class_labels": label, **others}
+                try:
+                    result = pipe(
+                        prompt,
+                        num_images_per_prompt=len(part),
+                        **settings,
+                        **given,
+                        generator=part,
+                        callback_on_step_end=on_step,
+                    )
+                except ValueError as error:
+                    if not stock or isinstance(error, InvalidInputError):
+                        raise
+                    raise InvalidInputError(f"{model} cannot draw this: {error}") from error
                 pictures += result.images
                 strips.append(strip)
         except KeyboardInterrupt:

@@ -26,8 +26,9 @@ def reproduce(
     if name is None:
         if as_json:
             typer.echo(json.dumps([{"name": claim.name, "title": claim.title} for claim in CLAIMS.values()]))
+        width = max(map(len, CLAIMS))
         for claim in () if as_json else CLAIMS.values():
-            typer.echo(f"{claim.name:<12} {claim.title}  [{claim.paper}; about {claim.minutes:g} min]")
+            typer.echo(f"{claim.name:<{width}} {claim.title}  [{claim.paper}; about {claim.minutes:g} min]")
         return
     with stages() as progress:
         folder = output if output is not None else Path("reproduce") / name

@@ -28,6 +28,7 @@ ATTRIBUTES = {
 # The contexts over which a contrastive pair is averaged.
 PREFIXES = "{,a photo of,a picture of}"
 MAX_PICTURES = 1024
+DEFAULT_MODEL = "t2i-shapes"
 
 
 def parse_scales(text: str) -> list[float]:
@@ -79,10 +80,10 @@ def parse_attribute(text: str) -> tuple[str, str]:
 
 
 def load_text_to_image(model: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """A diffusers text-to-image pipeline from a folder or from the Hub.
+    """A diffusers text-to-image pipeline: a shipped one, from a folder, or from the Hub.
 
     Args:
-        model: folder with `model_index.json`, or a Hub id.
+        model: shipped name (`t2i-shapes`) or export of the lab, folder with `model_index.json`, or a Hub id.
         device: None is the CPU.
         dtype: name of a torch type; None is float32 on the CPU and bfloat16 elsewhere.
 
@@ -92,12 +93,16 @@ def load_text_to_image(model: str, device: str | None = None, dtype: str | None 
     from vistok.errors import InvalidInputError
 
     expected = (
-        "expected a folder that a diffusers text-to-image pipeline was saved to, or its Hub id, "
+        f"expected {DEFAULT_MODEL}, a folder that a diffusers text-to-image pipeline was saved to, or its Hub id, "
         "e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+    from vistok.hub import load, recommended_sampling, shipped
+
+    ours = model in shipped() or bool(recommended_sampling(model))
+    if ours:
+        pass
+    elif Path(model).is_dir():
+        if not (Path(model) / "model_index.json").is_file():
             raise InvalidInputError(f"{model} has no model_index.json; {expected}")
     elif not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model):
         raise InvalidInputError(f"there is no pipeline at {model!r}; {expected}")
@@ -113,6 +118,8 @@ def load_text_to_image(model: str, device: str | None = None, dtype: str | None 
     number_type = getattr(torch, dtype or ("float32" if target == "cpu" else "bfloat16"), None)
     if not isinstance(number_type, torch.dtype) or not number_type.is_floating_point:
         raise InvalidInputError(f"--dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+    if ours:
+        return load(model, device=device, dtype=number_type)
     # What can be wrong with a stranger's folder, network or device comes as errors of half a dozen libraries.
     try:
         with warnings.catch_warnings():
@@ -171,13 +178,14 @@ def _name(scale: float) -> str:
 def steer(
     prompt: Annotated[str, typer.Argument(help='What to draw, e.g. "a circle and a star".')],
     model: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--model",
             "-m",
-            help="A diffusers text-to-image pipeline (Stable Diffusion 1.x/2.x/3, SDXL, FLUX): folder or Hub id.",
+            help="A diffusers text-to-image pipeline (Stable Diffusion 1.x/2.x/3, SDXL, FLUX): shipped name, folder or "
+            "Hub id.",
         ),
-    ] = None,
+    ] = DEFAULT_MODEL,
     subject: Annotated[str | None, typer.Option(help="Word or phrase of the prompt, e.g. circle.")] = None,
     attribute: Annotated[
         str | None,
@@ -221,11 +229,6 @@ def steer(
     # Everything that can be refused without torch is refused first, then what needs no pipeline.
     if not prompt.strip():
         raise InvalidInputError('say what to draw: vistok steer "a circle and a star" ...')
-    if model is None:
-        raise InvalidInputError(
-            "say which pipeline to steer with --model: a folder that a diffusers text-to-image pipeline was saved to, "
-            "or its Hub id, e.g. --model stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
     if subject is None:
         raise InvalidInputError("say whose attribute to change with --subject: a word or phrase of the prompt")
     if (attribute is None) == (delta is None):
@@ -251,6 +254,7 @@ def steer(
 
     from vistok.cli.pictures import grid_of, progress, save_picture
     from vistok.controllers import AttributeDelta, AttributeDirections, AttributeEdit
+    from vistok.hub import recommended_sampling
     from vistok.nn.prompts import describe_pipeline
 
     direction = None if delta is None else AttributeDelta.load(delta)
@@ -261,6 +265,9 @@ def steer(
     if text.family == "flux" and negative_prompt is not None:
         raise InvalidInputError("FLUX does not read a negative prompt; leave --negative-prompt out")
     defaults = {name: value.default for name, value in inspect.signature(type(pipe).__call__).parameters.items()}
+    # What the checkpoint recommends goes before the defaults of the pipeline's class.
+    recommended = recommended_sampling(model)
+    defaults |= recommended
     steps = num_inference_steps or int(defaults["num_inference_steps"])
     if round(delay * steps) >= steps:
         raise InvalidInputError(
@@ -280,6 +287,7 @@ def steer(
 
     settings: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
     settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {**{name: value for name, value in recommended.items() if name != "num_inference_steps"}, **settings}
     arrays: list[Any] = []
     filtered = 0
     interrupted = False

@@ -6,8 +6,7 @@ and `scop` put objects where the prompt says. Imported on first use.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from vistok.lazy import lazy_exports
 
 _EXPORTS = {
     "AttributeDelta": "attribute_directions",
@@ -30,12 +29,4 @@ _EXPORTS = {
 
 __all__ = sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'vistok.controllers' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"vistok.controllers.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from vistok.lazy import lazy_exports
 
 _EXPORTS = {
     "LlamaGen": "llamagen",
@@ -19,8 +18,4 @@ _EXPORTS = {
 
 __all__ = list(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"vistok.generators.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'vistok.generators' has no attribute {name!r}; it has: {', '.join(_EXPORTS)}")
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vistok.errors import InvalidInputError
 from vistok.nn import masked
+from vistok.nn.continuous import imagenet_checkpoint
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.masked import (
     GuidanceSchedule,
@@ -50,26 +51,10 @@ PARAMETERS = {"b": 207_924_768, "l": 478_326_304, "h": 942_403_104}
 OFFICIAL_FILES = {"b": "mar-base", "l": "mar-large", "h": "mar-huge"}
 # The authors' constructor argument -> ours.
 OFFICIAL_NAMES = {
-    "vae_embed_dim": "latent_channels",
+    **masked.OFFICIAL_NAMES,
     "patch_size": "patch_size",
     "encoder_embed_dim": "encoder_hidden_size",
-    "encoder_depth": "encoder_layers",
-    "encoder_num_heads": "encoder_heads",
     "decoder_embed_dim": "decoder_hidden_size",
-    "decoder_depth": "decoder_layers",
-    "decoder_num_heads": "decoder_heads",
-    "mlp_ratio": "mlp_ratio",
-    "norm_eps": "norm_eps",
-    "class_num": "num_classes",
-    "buffer_size": "num_condition_tokens",
-    "label_drop_prob": "condition_dropout",
-    "attn_dropout": "attention_dropout",
-    "proj_dropout": "projection_dropout",
-    "diffloss_d": "head_layers",
-    "diffloss_w": "head_width",
-    "num_sampling_steps": "num_diffusion_steps",
-    "diffusion_batch_mul": "diffusion_repeats",
-    "mask_ratio_min": "mask_ratio_min",
 }
 # Only the authors' configurations have these; gradient checkpointing is switched on by a method here.
 OFFICIAL_ONLY = (OFFICIAL_NAMES.keys() - OFFICIAL_NAMES.values()) | {"img_size", "vae_stride"}
@@ -77,13 +62,11 @@ OFFICIAL_IGNORED = {"grad_checkpointing"}
 
 
 def _published() -> dict[str, Published]:
-    entries = {}
-    for size, (width, layers, heads, head_layers, head_width) in SIZES.items():
-        name = f"mar-{size}.imagenet256"
-        entries[name] = Published(
-            name=name,
-            system="mar",
-            config={
+    entries = [
+        imagenet_checkpoint(
+            "mar",
+            size,
+            {
                 "encoder_hidden_size": width,
                 "encoder_layers": layers,
                 "encoder_heads": heads,
@@ -92,17 +75,12 @@ def _published() -> dict[str, Published]:
                 "decoder_heads": heads,
                 "head_layers": head_layers,
                 "head_width": head_width,
-                "scaling_factor": 0.2325,
             },
             hub_id="jadechoghari/mar",
             hub_file=f"{OFFICIAL_FILES[size]}.safetensors",
             licence="mit",
             paper="arXiv:2406.11838",
             origin="LTH14/mar",
-            image_size=256,
-            num_tokens=256,
-            preprocessing="centre crop, [-1, 1]",
-            tokenizer="kl16.mar",
             sampling={
                 "guidance_scale": GUIDANCE_SCALES[size],
                 "guidance_schedule": "linear",
@@ -112,7 +90,9 @@ def _published() -> dict[str, Published]:
             },
             parameters=PARAMETERS[size],
         )
-    return entries
+        for size, (width, layers, heads, head_layers, head_width) in SIZES.items()
+    ]
+    return {entry.name: entry for entry in entries}
 
 
 class MAR(MaskedGenerator):

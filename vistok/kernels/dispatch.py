@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vistok.errors import InvalidInputError, UnknownNameError
 
@@ -175,8 +176,9 @@ class Op:
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
         prepared = self.prepare(*arguments, **options)
-        if current() == "compile":
-            # Outside the registered op: its body is opaque to torch.compile, so nothing inside it could be compiled.
+        if current() == "compile" or _nobody_watches(prepared):
+            # Outside the registered op: its body is opaque to torch.compile, so nothing inside it could be compiled;
+            # and where nothing is traced, going through the registration costs as much as small ops themselves.
             return self._run(*prepared)
         return self.registered(*prepared)
 
@@ -206,6 +208,16 @@ class Op:
         # An ambient autocast would round the operands of a matmul to half precision, and flip indices.
         with torch.autocast(prepared[0].device.type, enabled=False):
             return self.backends[choice.backend].run(*prepared)
+
+
+def _nobody_watches(prepared: tuple) -> bool:
+    """Whether these are plain tensors with memory, and nothing traces, fakes or transforms the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(one) in (Tensor, nn.Parameter) and not one.is_meta for one in prepared if isinstance(one, Tensor))
+    )
 
 
 def operations() -> dict[str, Op]:

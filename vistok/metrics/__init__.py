@@ -5,8 +5,7 @@ Imported on first use, so that `vistok.metrics.psnr` does not load what a Freche
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from vistok.lazy import lazy_exports
 
 _EXPORTS = {
     "Accuracy": "accuracy",
@@ -23,12 +22,14 @@ _EXPORTS = {
     "class_accuracy": "accuracy",
     "compbench_spatial": "spatial",
     "evaluate_generator": "evaluate",
+    "evaluate_pruners": "pruning",
     "evaluate_tokenizer": "evaluate",
     "geneval_position": "spatial",
     "leakage_rate": "spatial",
     "oracle_agreement": "accuracy",
     "oracle_detector": "spatial",
     "psnr": "reconstruction",
+    "retrieval_accuracy": "retrieval",
     "ssim": "reconstruction",
     "visor": "spatial",
     "wilson_interval": "accuracy",
@@ -36,12 +37,4 @@ _EXPORTS = {
 
 __all__ = sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'vistok.metrics' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"vistok.metrics.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -155,7 +155,7 @@ def evaluate_tokenizer(
     for chunk in _chunks(num_images, batch_size):
         tokens = model.encode(originals[chunk].to(model.device))
         parts.append(tokens.to("cpu"))
-        reconstructions[chunk] = model.decode(tokens).float().cpu()
+        reconstructions[chunk] = model.decode(tokens, **_draws(model, chunk.start, chunk.stop)).float().cpu()
         if on_images is not None:
             on_images("originals", originals[chunk])
             on_images("reconstructions", reconstructions[chunk])
@@ -190,7 +190,7 @@ def evaluate_tokenizer(
     for number, name in enumerate(photographs):
         picture = open_photograph(os.fspath(name), photograph_size)
         pixels = model.preprocess(picture)
-        decoded = model.decode(model.encode(pixels.to(model.device))).float().cpu()
+        decoded = model.decode(model.encode(pixels.to(model.device)), **_draws(model, 0, 1)).float().cpu()
         label = Path(name).stem
         report["photographs"][label] = {
             "psnr": float(psnr(decoded, pixels)),
@@ -234,6 +234,11 @@ def image_generators(seed: int, start: int, stop: int) -> list[torch.Generator]:
     """One generator for each of the pictures `start` to `stop - 1`; its draws depend on `seed` and the number alone."""
     # torch's CPU generator reads 32 bits of a seed only; a prime step keeps the streams of near seeds apart.
     return [torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32) for number in range(start, stop)]
+
+
+def _draws(tokenizer: Any, start: int, stop: int) -> dict[str, Any]:
+    """The argument that makes a tokenizer which decodes by sampling (FlexTok) repeat itself; nothing for the others."""
+    return {"generator": image_generators(0, start, stop)} if hasattr(tokenizer, "denoise") else {}
 
 
 def sample_images(
@@ -314,7 +319,10 @@ def _distances(
     for name, images in (("fid", samples), ("fid_of_real_scenes", real), ("fid_of_the_tokenizer", None)):
         if images is None:
             with torch.no_grad():
-                coded = [tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))) for part in real.split(50)]
+                coded = [
+                    tokenizer.decode(tokenizer.encode(part.to(tokenizer.device)), **_draws(tokenizer, 0, len(part)))
+                    for part in real.split(50)
+                ]
             images = torch.cat([part.float().cpu() for part in coded])
         distance.reset_samples()
         distance.add_samples(images)

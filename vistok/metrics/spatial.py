@@ -8,7 +8,6 @@ from pictures to `Detection`s.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -267,45 +266,89 @@ def geneval_position(
 
 @dataclass(frozen=True)
 class AttributeResponse:
-    """How a measured attribute follows the scale.
+    """How a measured attribute follows the scale. Intervals are at 95 %, by resampling pictures (percentiles).
 
     Attributes:
         scales: M scales, ascending.
         subject: mean measured value of the subject at each scale.
         others: mean measured value of the other subjects; NaN where there is none.
-        spearman: rank correlation of scale and measured value of the subject over all pictures.
+        spearman: rank correlation of scale and measured value of the subject over all pictures together. Pictures that
+            differ before they are steered keep it below 1 even if each of them responds perfectly.
+        spearman_interval: of it.
+        within: mean over the pictures of the rank correlation inside each, where only the scale differs; NaN where
+            fewer than three values of every picture were measured.
+        within_interval: of it.
         rising: part of neighbouring scales between which the subject's mean grows.
-        spill: change of the others over the whole range, as a part of the subject's change.
-        pictures: pictures that entered.
+        spill: change of the others' mean over the whole range, as a part of the subject's.
+        spill_interval: of it.
+        absolute_spill: mean absolute change of the others, as a part of the subject's mean absolute change; unlike
+            `spill` it also counts changes that point either way and cancel in the mean.
+        absolute_spill_interval: of it.
+        pictures: measured values that entered.
     """
 
     scales: tuple[float, ...]
     subject: tuple[float, ...]
     others: tuple[float, ...]
     spearman: float
+    spearman_interval: tuple[float, float]
+    within: float
+    within_interval: tuple[float, float]
     rising: float
     spill: float
+    spill_interval: tuple[float, float]
+    absolute_spill: float
+    absolute_spill_interval: tuple[float, float]
     pictures: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, which knows no NaN: None stands for it."""
 
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, ties averaged."""
-    order = values.argsort(stable=True)
-    ranks = torch.empty_like(values)
-    ranks[order] = torch.arange(len(values), dtype=values.dtype)
-    for value in values.unique():
-        same = values == value
-        ranks[same] = ranks[same].mean()
-    return ranks
+        def plain(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [plain(one) for one in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
-def _mean(values: Iterable[float]) -> float:
-    listed = [value for value in values if not math.isnan(value)]
-    return sum(listed) / len(listed) if listed else math.nan
+def _spearman(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """[R] rank correlations of two vectors [n] whose entries count `weights` [R, n] times; 0 where one is constant."""
+
+    def ranks(values: Tensor) -> Tensor:
+        _, places = values.unique(return_inverse=True)
+        places = places.expand(len(weights), -1)
+        counts = weights.new_zeros(len(weights), int(places.max()) + 1).scatter_add_(1, places, weights)
+        found = (counts.cumsum(1) - counts / 2).gather(1, places)  # ties share the mean of their ranks
+        return found - (weights * found).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+
+    one, two = ranks(first), ranks(second)
+    size = ((weights * one.square()).sum(1) * (weights * two.square()).sum(1)).sqrt()
+    return torch.where(size > 0, (weights * one * two).sum(1) / size, 0.0)
+
+
+def _columns(lists: Sequence[Sequence[float]], width: int) -> Tensor:
+    """float64 [M, width], short lists filled up with NaN."""
+    return torch.tensor([[*values, *[math.nan] * (width - len(values))] for values in lists], dtype=torch.float64)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """|part| / |whole|, NaN where the whole is 0."""
+    return torch.where(whole == 0, math.nan, part.abs() / whole.abs())
+
+
+def _interval(samples: Tensor) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = torch.nanquantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    return low, high
 
 
 def attribute_response(
-    scales: Sequence[float], subject: Sequence[Sequence[float]], others: Sequence[Sequence[float]] | None = None
+    scales: Sequence[float],
+    subject: Sequence[Sequence[float]],
+    others: Sequence[Sequence[float]] | None = None,
+    *,
+    resamples: int = 1000,
 ) -> AttributeResponse:
     """The response curve of one attribute.
 
@@ -314,6 +357,7 @@ def attribute_response(
         subject: M lists of the subject's measured values, one a picture in the same order of seeds; NaN where the
             subject was not found.
         others: the same of the other subjects.
+        resamples: draws behind the intervals (the same ones in every call).
 
     Raises:
         InvalidInputError: for fewer than two scales, uneven lists, or too few measured values.
@@ -322,28 +366,57 @@ def attribute_response(
         raise InvalidInputError(f"a response needs at least two different scales, got {list(scales)}")
     if len(subject) != len(scales) or (others is not None and len(others) != len(scales)):
         raise InvalidInputError(f"{len(scales)} scales need as many lists of values")
+    if resamples < 1:
+        raise InvalidInputError(f"an interval needs at least one resample, got {resamples}")
     order = sorted(range(len(scales)), key=lambda index: scales[index])
-    pairs = [(scales[index], value) for index in order for value in subject[index] if not math.isnan(value)]
-    if len(pairs) < 3:
-        raise InvalidInputError(f"a rank correlation needs at least three measured values, got {len(pairs)}")
-    table = torch.tensor(pairs, dtype=torch.float64)
-    first, second = _ranks(table[:, 0]), _ranks(table[:, 1])
-    first, second = first - first.mean(), second - second.mean()
-    size = float(first.norm() * second.norm())
-    spearman = float((first * second).sum()) / size if size > 0 else 0.0
-    means = [_mean(subject[index]) for index in order]
-    other_means = [_mean(others[index]) if others is not None else math.nan for index in order]
-    rising = [later > earlier for earlier, later in itertools.pairwise(means)]
-    change, spilled = means[-1] - means[0], other_means[-1] - other_means[0]
-    spill = abs(spilled) / abs(change) if change and not math.isnan(change) else math.nan
+    ordered = torch.tensor([scales[index] for index in order], dtype=torch.float64)
+    width = max(len(values) for values in [*subject, *(others or [])])
+    values = _columns([subject[index] for index in order], width)
+    beside = _columns([others[index] if others is not None else () for index in order], width)
+    measured = ~values.isnan()
+    if int(measured.sum()) < 3:
+        raise InvalidInputError(f"a rank correlation needs at least three measured values, got {int(measured.sum())}")
+
+    inside = torch.full((width,), math.nan, dtype=torch.float64)
+    for column in torch.nonzero(measured.sum(0) >= 3).flatten().tolist():
+        there = measured[:, column]
+        inside[column] = _spearman(ordered[there], values[there, column], torch.ones(1, int(there.sum())).double())[0]
+    moved, spilled = values[-1] - values[0], beside[-1] - beside[0]
+    both = ~(moved.isnan() | spilled.isnan())
+
+    def spill(rows: Tensor) -> Tensor:
+        """[...] for pictures [..., K]."""
+        means = [table[rows].nanmean(-1) for table in (beside[-1], beside[0], values[-1], values[0])]
+        return _share(means[0] - means[1], means[2] - means[3])
+
+    def absolute(rows: Tensor) -> Tensor:
+        there = both[rows]
+        return _share(
+            torch.where(there, spilled[rows].abs(), 0.0).sum(-1), torch.where(there, moved[rows].abs(), 0.0).sum(-1)
+        )
+
+    everything = torch.arange(width)
+    drawn = torch.randint(width, (resamples, width), generator=torch.Generator().manual_seed(0))
+    # How often each picture was drawn; the first row is the sample itself.
+    times = torch.stack([rows.bincount(minlength=width) for rows in [everything, *drawn]]).double()
+    places, pictures = measured.nonzero(as_tuple=True)
+    together = _spearman(ordered[places], values[measured], times[:, pictures])
+    means = values.nanmean(1)
+    rising = means[1:] > means[:-1]
     return AttributeResponse(
-        tuple(scales[index] for index in order),
-        tuple(means),
-        tuple(other_means),
-        spearman,
-        sum(rising) / len(rising),
-        spill,
-        len(pairs),
+        tuple(ordered.tolist()),
+        tuple(means.tolist()),
+        tuple(beside.nanmean(1).tolist()),
+        float(together[0]),
+        _interval(together[1:]),
+        float(inside.nanmean()),
+        _interval(inside[drawn].nanmean(1)),
+        float(rising.double().mean()),
+        float(spill(everything)),
+        _interval(spill(drawn)),
+        float(absolute(everything)),
+        _interval(absolute(drawn)),
+        int(measured.sum()),
     )
 
 

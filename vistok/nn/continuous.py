@@ -1,17 +1,43 @@
-"""What generators of continuous tokens share: the tokens to start from, and the check that new ones are numbers.
+"""What generators of continuous tokens share: the tokens to start from, the check that new ones are numbers, and what
+their published checkpoints have in common.
 
 Letters: B images, N tokens of an image, C channels of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vistok.errors import InvalidInputError, InvalidOutputError
+from vistok.registry import Published
 from vistok.tokens import VisualTokens
 
-__all__ = ["FiniteCheck", "known_values"]
+__all__ = ["FiniteCheck", "imagenet_checkpoint", "known_values"]
+
+
+def imagenet_checkpoint(system: str, size: str, config: Mapping[str, Any], **facts: Any) -> Published:
+    """The entry of a generator of KL-16 tokens of ImageNet 256.
+
+    Args:
+        system: key of the registry.
+        size: "b", "l" or "h".
+        config: arguments of the constructor, without the scale of the latents.
+        facts: the fields of `Published` in which the papers differ.
+    """
+    return Published(
+        name=f"{system}-{size}.imagenet256",
+        system=system,
+        config={**config, "scaling_factor": 0.2325},
+        image_size=256,
+        num_tokens=256,
+        preprocessing="ADM centre crop, [-1, 1]",
+        tokenizer="kl16.mar",
+        **facts,
+    )
 
 
 def known_values(

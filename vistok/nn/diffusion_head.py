@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vistok.nn import diffusion
-from vistok.nn.diffusion import ancestral_step, cosine_process
+from vistok.nn.diffusion import TRAINING_STEPS, ancestral_step, cosine_process
 from vistok.nn.sampling import Generators
 
 __all__ = [
     "DiffusionHead",
     "DiffusionHeadSampler",
     "TimestepEmbedding",
-    "modulate",
     "modulated_steps",
+    "modulation_of",
     "timestep_features",
 ]
 
@@ -40,9 +40,21 @@ def timestep_features(timesteps: Tensor, size: int = FREQUENCIES) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(x + shift, x, scale)
+def modulation_of(layer: nn.Sequential, activated: Tensor, parts: int, scales: Sequence[int]) -> Tensor:
+    """What `layer`, SiLU and a linear layer, makes of SiLU(condition): shifts, scales and gates side by side.
+
+    Scales come with the 1 that they are added to: in the bias, where it costs nothing.
+
+    Args:
+        layer: `adaLN_modulation`.
+        activated: [..., W].
+        parts: how many vectors of W it makes.
+        scales: which of these are scales.
+    """
+    linear = layer[1]
+    ones = torch.zeros(parts, dtype=linear.bias.dtype, device=linear.bias.device)
+    ones[list(scales)] = 1.0
+    return functional.linear(activated, linear.weight, linear.bias + ones.repeat_interleave(len(linear.bias) // parts))
 
 
 class TimestepEmbedding(nn.Module):
@@ -53,7 +65,10 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Timesteps int64 [N]."""
+        """Timesteps int64 [N], 0..1000; of more rows than that, each different one is embedded once."""
+        if len(timesteps) > TRAINING_STEPS + 1:
+            every = torch.arange(TRAINING_STEPS + 1, device=timesteps.device)
+            return functional.embedding(timesteps, self(every))
         return self.mlp(timestep_features(timesteps).to(self.mlp[0].weight.dtype))
 
     def initialise(self) -> None:
@@ -72,9 +87,13 @@ class ResidualBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [N, W] and what `adaLN_modulation[1]` makes of SiLU(condition), [N, 3 W]."""
+        """x [N, W] and what `modulate` gives, [N, 3 W]."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), scale)))
+
+    def modulate(self, activated: Tensor) -> Tensor:
+        """SiLU(condition) [..., W] to shift, scale and gate [..., 3 W] (see `modulation_of`)."""
+        return modulation_of(self.adaLN_modulation, activated, 3, (1,))
 
 
 class FinalLayer(nn.Module):
@@ -88,11 +107,15 @@ class FinalLayer(nn.Module):
     def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Input of the linear layer."""
         shift, scale = modulation.chunk(2, dim=-1)
-        return modulate(functional.layer_norm(x, (x.shape[-1],), eps=NORM_EPS), shift, scale)
+        return torch.addcmul(shift, functional.layer_norm(x, (x.shape[-1],), eps=NORM_EPS), scale)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [..., W] and what `adaLN_modulation[1]` makes of SiLU(condition), [..., 2 W], to [..., size]."""
+        """x [..., W] and what `modulate` gives, [..., 2 W], to [..., size]."""
         return self.linear(self.modulated(x, modulation))
+
+    def modulate(self, activated: Tensor) -> Tensor:
+        """SiLU(condition) [..., W] to shift and scale [..., 2 W] (see `modulation_of`)."""
+        return modulation_of(self.adaLN_modulation, activated, 2, (1,))
 
 
 class MLPDenoiser(nn.Module):
@@ -107,8 +130,13 @@ class MLPDenoiser(nn.Module):
         self.final_layer = FinalLayer(width, 2 * token_size)
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Noisy tokens [N, C], timesteps int64 [N] and conditions [N, D] to [N, 2 C]: eps, then variance logits."""
-        *modulations, last = self.modulations(self.time_embed(timesteps) + self.cond_embed(condition))
+        """Noisy tokens [N, C], timesteps int64 [N] and conditions to [N, 2 C]: eps, then variance logits.
+
+        Conditions are [N, D], or fewer rows which are repeated in turn.
+        """
+        embedded = self.cond_embed(condition)
+        embedded = embedded.repeat(len(x) // len(embedded), 1)
+        *modulations, last = self.modulations(self.time_embed(timesteps) + embedded)
         x = self.input_proj(x)
         for block, modulation in zip(self.res_blocks, modulations, strict=True):
             x = block(x, modulation)
@@ -117,7 +145,7 @@ class MLPDenoiser(nn.Module):
     def modulations(self, condition: Tensor) -> list[Tensor]:
         """What the layers make of embedded conditions [..., W]: [..., 3 W] a block and [..., 2 W] at the end."""
         activated = functional.silu(condition)
-        return [layer.adaLN_modulation[1](activated) for layer in (*self.res_blocks, self.final_layer)]
+        return [layer.modulate(activated) for layer in (*self.res_blocks, self.final_layer)]
 
     def guided(self, x: Tensor, modulations: Sequence[Tensor], guidance_scale: float | None) -> tuple[Tensor, Tensor]:
         """(eps, variance logits), each [N, C], of states [N, C].
@@ -190,7 +218,10 @@ class DiffusionHead(nn.Module):
         nn.init.zeros_(self.net.final_layer.linear.weight)
 
     def loss_terms(self, target: Tensor, condition: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(error of the noise, variational bound), float32 [N] each, at given timesteps [N] and noise [N, C]."""
+        """(error of the noise, variational bound), float32 [N] each, at given timesteps [N] and noise [N, C].
+
+        Conditions as in `MLPDenoiser.forward`.
+        """
         process = cosine_process()
         noisy = process.add_noise(target, timesteps, noise)
         output = self.net(noisy.to(condition.dtype), timesteps, condition)
@@ -201,7 +232,7 @@ class DiffusionHead(nn.Module):
         self, target: Tensor, condition: Tensor, *, repeats: int = 1, generator: torch.Generator | None = None
     ) -> Tensor:
         """Mean loss of tokens [N, C] given conditions [N, D], each at `repeats` random noise levels."""
-        target, condition = target.float().repeat(repeats, 1), condition.repeat(repeats, 1)
+        target = target.float().repeat(repeats, 1)
         timesteps = diffusion.uniform_timesteps(len(target), generator, target.device)
         noise = diffusion.gaussian_noise(tuple(target.shape), generator, target.device)
         error, bound = self.loss_terms(target, condition, timesteps, noise)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from vistok.errors import InvalidInputError
 from vistok.nn import sampling
 from vistok.nn.cache import KVCache
+from vistok.nn.codebook import start_from_codebook
 from vistok.nn.conditions import check_labels, check_text
 from vistok.nn.model import VistokModel
 from vistok.nn.norms import RMSNorm
@@ -194,23 +195,14 @@ class LlamaNetwork(VistokModel):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
-    @torch.no_grad()
     def embed_codebook(self, codes: Tensor) -> None:
         """Start token embeddings and heads as random projections of the codebook [V, C]: like codes start alike.
 
         Raises:
             InvalidInputError: if the codebook has another size than the vocabulary.
         """
-        if len(codes) != self.vocab_size:
-            raise InvalidInputError(f"the codebook has {len(codes)} codes, the vocabulary {self.vocab_size}")
-        centred = codes.float() - codes.float().mean(0)
-        centred = centred / centred.square().mean().sqrt().clamp_min(1e-12)
         heads = [m for m in self.modules() if isinstance(m, nn.Linear) and m.out_features == self.vocab_size]
-        for module in (self.tok_embeddings, *heads):
-            projection = torch.randn(codes.shape[1], module.weight.shape[1]) / codes.shape[1] ** 0.5
-            module.weight[: len(codes)] = 0.02 * centred @ projection  # a separator may follow the codes
-        # A little noise keeps codes apart that the projection maps to one point.
-        self.tok_embeddings.weight.add_(torch.randn_like(self.tok_embeddings.weight), alpha=0.005)
+        start_from_codebook(codes, self.tok_embeddings, heads, self.vocab_size)
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names, which `from_official` reads back."""

@@ -31,6 +31,7 @@ from vistok.nn.vit import BlockScales, ViTBlock
 from vistok.tokens import VisualTokens
 
 __all__ = [
+    "OFFICIAL_NAMES",
     "GuidanceSchedule",
     "MaskedGenerator",
     "MaskedRun",
@@ -53,6 +54,26 @@ __all__ = [
 # (0..1, after the step) to the scale.
 GuidanceSchedule: TypeAlias = str | Callable[[float], float]
 SCHEDULES = ("linear", "constant")
+# The authors' constructor argument -> ours, where MAR and Hi-MAR agree.
+OFFICIAL_NAMES = {
+    "vae_embed_dim": "latent_channels",
+    "encoder_depth": "encoder_layers",
+    "encoder_num_heads": "encoder_heads",
+    "decoder_depth": "decoder_layers",
+    "decoder_num_heads": "decoder_heads",
+    "mlp_ratio": "mlp_ratio",
+    "norm_eps": "norm_eps",
+    "class_num": "num_classes",
+    "buffer_size": "num_condition_tokens",
+    "label_drop_prob": "condition_dropout",
+    "attn_dropout": "attention_dropout",
+    "proj_dropout": "projection_dropout",
+    "diffloss_d": "head_layers",
+    "diffloss_w": "head_width",
+    "num_sampling_steps": "num_diffusion_steps",
+    "diffusion_batch_mul": "diffusion_repeats",
+    "mask_ratio_min": "mask_ratio_min",
+}
 
 
 # ---------------------------------------------------------------------------------------------------- tokens and masks

@@ -265,14 +265,14 @@ def describe_pipeline(pipe: Any, *, max_sequence_length: int | None = None) -> P
         ]
         zero = bool(getattr(pipe.config, "force_zeros_for_empty_prompt", False))
         family, needed = PipelineText("sdxl", tuple(encoders), zero_negative=zero), {"openclip_g"}
-    elif "unet" in parts and "text_encoder" in parts and parts["text_encoder"] is not None:
+    elif "unet" in parts and "text_encoder" in parts:
         model = parts["text_encoder"]
-        if not hasattr(model.config, "hidden_act") or not hasattr(model.config, "hidden_size"):
+        if model is not None and not (hasattr(model.config, "hidden_act") and hasattr(model.config, "hidden_size")):
             raise InvalidInputError(
                 f"{type(pipe).__name__} conditions on a {type(model).__name__}; expected a CLIP text encoder"
             )
-        key = _clip_key(model)
-        masked = bool(getattr(model.config, "use_attention_mask", False))
+        key = "oai_clip_vit_l" if model is None else _clip_key(model)
+        masked = model is not None and bool(getattr(model.config, "use_attention_mask", False))
         encoders = slot("", key, length=clip_length(""), layer="final", masked=masked)
         family, needed = PipelineText("sd", tuple(encoders)), {key}
     else:

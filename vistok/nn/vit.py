@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .attention import attention
+
 __all__ = ["BlockScales", "SelfAttention", "ViTBlock", "ViTMLP"]
 
 
@@ -48,7 +50,7 @@ class SelfAttention(nn.Module):
         """Queries [B, Q, D], keys and values [B, L, D] to the projected outputs [B, Q, D]."""
         query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        attended = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        attended = attention(query, key, value, dropout_p=dropout)
         return functional.dropout(
             self.proj(attended.transpose(1, 2).flatten(2)), self.projection_dropout, self.training
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from vistok.lazy import lazy_exports
 
 _EXPORTS = {
     "DivPrune": "divprune",
@@ -27,6 +26,7 @@ _EXPORTS = {
     "UniformPooling": "pooling",
     "VFlowOpt": "vflowopt",
     "VisionZip": "visionzip",
+    "encode_pictures": "encoding",
     "find_host": "hosts",
     "kept_grid": "drawing",
     "overlay": "drawing",
@@ -36,12 +36,4 @@ _EXPORTS = {
 
 __all__ = list(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(sorted(__all__))}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

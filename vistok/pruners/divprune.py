@@ -16,13 +16,14 @@ from vistok.pruners.stages import Context, Positions, Stage, check_ratio
 
 __all__ = ["DivPrune", "diverse_tokens"]
 
-_ROWS_AT_ONCE = 1 << 22
+_DISTANCES_AT_ONCE = 1 << 22  # 16 MiB of float32
 
 
 def diverse_tokens(features: Tensor, count: int) -> Tensor:
     """int64 [count]: tokens in the order of picking (paper algorithm 1).
 
-    One vector of distances to the picked set is kept up to date, so a pick costs O(N D) and no N x N matrix is held.
+    One vector of distances to the picked set is kept up to date. The first pick needs all distances; where they fit (up
+    to 2,048 tokens), they are kept, and a pick reads one row of them. Otherwise a pick computes its row anew, O(N D).
 
     Args:
         features: [N, D].
@@ -33,14 +34,17 @@ def diverse_tokens(features: Tensor, count: int) -> Tensor:
     count = min(count, total)
     if total == 1:
         return torch.zeros(count, dtype=torch.int64, device=features.device)
-    nearest = []
-    for rows in unit.split(max(1, _ROWS_AT_ONCE // total)):
-        nearest.append((1 - rows @ unit.T).topk(2, dim=1, largest=False).values[:, 1])
+    nearest, kept = [], None
+    for rows in unit.split(max(1, _DISTANCES_AT_ONCE // total)):
+        distances = 1 - rows @ unit.T
+        nearest.append(distances.topk(2, dim=1, largest=False).values[:, 1])
+        kept = distances if len(distances) == total else None
     order = [torch.cat(nearest).argmax()]
     distance = torch.full((total,), float("inf"), device=features.device)
     for _ in range(count - 1):
         picked = order[-1]
-        distance = torch.minimum(distance, 1 - unit @ unit[picked])
+        row = kept.index_select(0, picked[None])[0] if kept is not None else 1 - unit @ unit[picked]
+        distance = torch.minimum(distance, row)
         distance[picked] = float("-inf")
         order.append(distance.argmax())
     return torch.stack(order)

@@ -40,6 +40,7 @@ __all__ = [
     "check_layer",
     "check_ratio",
     "fixed_count",
+    "placed_layers",
     "rounded_drop",
     "truncated_keep",
 ]
@@ -250,15 +251,26 @@ class TopK:
             raise InvalidInputError(f"scope is 'per_image' or 'global', got {scope!r}")
         self.count, self.scope = count, scope
 
+    def counted(self, now: int, first: int) -> int:
+        """The number to keep.
+
+        Raises:
+            InvalidInputError: if the rule gives more tokens than there are, or a negative number.
+        """
+        number = self.count(now, first)
+        if not 0 <= number <= now:
+            raise InvalidInputError(f"a selector is to keep {number} of {now} tokens; its rule must give 0 to {now}")
+        return number
+
     def __call__(self, scores: list[Tensor], context: Context) -> list[Tensor]:
         if self.scope == "per_image":
-            return [best(score, self.count(len(span), span.first)) for score, span in zip(scores, context.spans)]
+            return [best(score, self.counted(len(span), span.first)) for score, span in zip(scores, context.spans)]
         kept: dict[int, Tensor] = {}
         for sample in {span.sample for span in context.spans}:
             members = [number for number, span in enumerate(context.spans) if span.sample == sample]
             lengths = [len(context.spans[number]) for number in members]
             first = sum(context.spans[number].first for number in members)
-            chosen = best(torch.cat([scores[number] for number in members]), self.count(sum(lengths), first))
+            chosen = best(torch.cat([scores[number] for number in members]), self.counted(sum(lengths), first))
             start = 0
             for number, length in zip(members, lengths):
                 kept[number] = chosen[(chosen >= start) & (chosen < start + length)] - start
@@ -278,6 +290,25 @@ def check_ratio(name: str, ratio: float) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
         raise InvalidInputError(f"{name} is a share of tokens in (0, 1], got {ratio!r}; 0.25 keeps a quarter")
     return float(ratio)
+
+
+def placed_layers(wanted: Sequence[int], depth: int, first: int = 1) -> tuple[int, ...]:
+    """Layer numbers moved as little as it takes to be ascending, distinct and inside `first .. depth - 1`.
+
+    Raises:
+        InvalidInputError: if there are fewer such layers than numbers.
+    """
+    if depth - first < len(wanted):
+        raise InvalidInputError(
+            f"{len(wanted)} pruning layers do not fit a decoder of {depth} layers that can be pruned from layer "
+            f"{first} on; use a method that acts before the language model"
+        )
+    placed: list[int] = []
+    for number, layer in enumerate(wanted):
+        least = placed[-1] + 1 if placed else first
+        most = depth - (len(wanted) - number)  # room for those to come
+        placed.append(min(most, max(least, layer)))
+    return tuple(placed)
 
 
 def check_layer(name: str, layer: int, least: int = 1) -> int:

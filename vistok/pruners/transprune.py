@@ -30,6 +30,7 @@ from vistok.pruners.stages import (
     TopK,
     check_layer,
     check_ratio,
+    placed_layers,
     truncated_keep,
 )
 
@@ -53,16 +54,23 @@ class Schedule:
     ratios: tuple[float, ...]
 
     def scaled(self, depth: int, of: int = 32) -> Schedule:
-        """The same schedule for a decoder of another depth: layer numbers keep their place relative to the depth."""
+        """The same schedule for a decoder of another depth: layer numbers keep their place relative to the depth.
 
-        def scale(layers: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(sorted({max(1, round(layer * depth / of)) for layer in layers}))
+        Where several fall together they move on, so that a shallow decoder prunes later in it.
 
-        prune = scale(self.prune)
-        if len(prune) != len(self.prune):
-            raise InvalidInputError(f"a decoder of {depth} layers is too shallow for {len(self.prune)} pruning layers")
-        accumulate = scale(self.accumulate)
-        return Schedule(tuple(range(accumulate[0], accumulate[-1] + 1)), prune, self.ratios)
+        Raises:
+            InvalidInputError: if it has fewer layers to prune before than the schedule prunings.
+        """
+
+        def scale(layer: int) -> int:
+            return max(1, round(layer * depth / of))
+
+        prune = placed_layers([scale(layer) for layer in self.prune], depth)
+        last = scale(self.accumulate[-1]) if self.accumulate else 0
+        if self.accumulate and self.accumulate[-1] >= self.prune[-1]:
+            last = max(last, prune[-1])
+        first = scale(self.accumulate[0]) if self.accumulate else 1
+        return Schedule(tuple(range(first, last + 1)), prune, self.ratios)
 
     @classmethod
     def for_budget(cls, average: float, depth: int, of: Schedule | None = None) -> Schedule:

@@ -15,26 +15,21 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vistok.attach import Handle
 from vistok.errors import CheckpointError, InvalidInputError, require
 from vistok.files import write_text_atomic
-from vistok.pruners.engine import Engine
+from vistok.pruners.encoding import PIXELS, encode_pictures
 from vistok.pruners.hosts import Host, find_host
-from vistok.pruners.hosts.base import Capture, TowerAttention
-from vistok.pruners.vflowopt import Settings, VFlowOpt, global_attention, last_ratio
+from vistok.pruners.vflowopt import Settings, VFlowOpt, last_ratio
 
 __all__ = ["SearchResult", "Trial", "box_for", "search"]
-
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @dataclass(frozen=True)
@@ -115,13 +110,10 @@ def box_for(target: float) -> dict[str, tuple[float, float]]:
 
 @dataclass
 class _Sample:
-    """What does not change between trials."""
+    """What does not change between trials: the encoded prompt, and the unpruned states float32 [B, D]."""
 
-    inputs: dict[str, Any]
+    prompt: dict[str, Any]
     unpruned: Tensor
-    outputs: dict[str, Any]
-    captures: dict[str, Capture]
-    attention: dict[str, list[TowerAttention]]
 
 
 class _Objective:
@@ -132,66 +124,33 @@ class _Objective:
         self.samples = [self.prepare(dict(sample), number) for number, sample in enumerate(samples)]
 
     def prepare(self, inputs: dict[str, Any], number: int) -> _Sample:
-        host, core = self.host, self.host.core
-        outputs, captures, held = {}, {}, {}
-        module = host.tower_attention(host.tower_layer(self.tower_layer))
-        for kind in host.kinds:
-            if inputs.get(_PIXELS[kind]) is None:
-                continue
-            rows: list[TowerAttention] = []
-
-            def before(
-                module: nn.Module, args: tuple, kwargs: dict[str, Any], rows: list[TowerAttention] = rows
-            ) -> None:
-                rows.extend(host.read_attention(module, {**kwargs, **({"hidden_states": args[0]} if args else {})}))
-
-            function = getattr(core, f"get_{kind}_features")
-            arguments = host.arguments_of(function, inputs)
-            hook = module.register_forward_pre_hook(before, with_kwargs=True)
-            try:
-                outputs[kind] = function(**arguments, return_dict=True)
-            finally:
-                hook.remove()
-            captures[kind] = Capture(kind, arguments)
-            captures[kind].visuals = host.visuals(captures[kind], outputs[kind])
-            held[kind] = rows
-        if not outputs:
+        if all(inputs.get(name) is None for name in PIXELS.values()):
             raise InvalidInputError(
                 f"sample {number} has no pictures; give what the processor returns for image and text"
             )
-        rest = {name: value for name, value in inputs.items() if name not in _PIXELS.values() and name != "labels"}
-        mask = rest.get("attention_mask")
+        mask = inputs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise InvalidInputError(f"sample {number} is padded on the right; pad on the left, or give single samples")
-        state = self.final_state(rest, outputs)
+        inputs.pop("labels", None)
+        prompt = encode_pictures(self.model, inputs, self.tower_layer)
+        state = self.final_state(prompt)
         if not bool(state.isfinite().all()):
             raise InvalidInputError(f"the unpruned model gives NaN or infinity on sample {number}")
-        return _Sample(rest, state, outputs, captures, held)
+        return _Sample(prompt, state)
 
-    def final_state(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> Tensor:
+    def final_state(self, prompt: Mapping[str, Any]) -> Tensor:
         """float32 [B, D] of the last prompt token, after the final norm."""
-        result = self.host.core(**inputs, mm_encoder_outputs=dict(outputs), use_cache=False)
-        return result.last_hidden_state[:, -1].float()
+        return self.host.core(**prompt, use_cache=False).last_hidden_state[:, -1].float()
 
     @torch.no_grad()
     def __call__(self, settings: Settings, layers: Sequence[int]) -> float:
         pruner = VFlowOpt(settings, layers=layers, tower_layer=self.tower_layer)
-        engine = Engine(pruner, self.host, pruner.ordered(pruner.stages_for(self.host)))
-        handle = Handle()
         total, count = 0.0, 0
-        try:
-            engine.install(handle)
+        with pruner.attached(self.model):
             for sample in self.samples:
-                for kind, capture in sample.captures.items():
-                    maps = [global_attention(one, settings.threshold) for one in sample.attention[kind]]
-                    capture.readings[0] = self.host.merge_patches(maps, capture)
-                    engine.captures.append((weakref.ref(sample.outputs[kind]), capture))
-                state = self.final_state(sample.inputs, sample.outputs)
-                cosine = torch.cosine_similarity(sample.unpruned, state, dim=-1)
+                cosine = torch.cosine_similarity(sample.unpruned, self.final_state(sample.prompt), dim=-1)
                 total += float(torch.nan_to_num(cosine, nan=0.0).sum())
                 count += len(cosine)
-        finally:
-            handle.remove()
         return total / count
 
 

@@ -37,7 +37,7 @@ from vistok.metrics.frechet import LAB_EXTRACTOR, FrechetDistance
 from vistok.tokens import VisualTokens
 
 from . import CLAIMS
-from .report import Finding, Report, environment
+from .report import Finding, Report, environment, share_gap
 
 __all__ = ["run"]
 
@@ -253,18 +253,15 @@ def _accuracy_finding(report: Report) -> Finding:
         Accuracy(report.figures[arm]["class"]["correct"], report.figures[arm]["class"]["total"])
         for arm in ("NAR", "raster")
     )
-    # Newcombe's interval (1998) of the difference of two shares, from their Wilson intervals.
-    (near_low, near_high), (raster_low, raster_high) = near.interval, raster.interval
-    gap = near.value - raster.value
-    low = gap - math.hypot(near.value - near_low, raster_high - raster.value)
-    high = gap + math.hypot(near_high - near.value, raster.value - raster_low)
-    report.figures["accuracy_difference"] = {"value": gap, "low": low, "high": high}
+    gap = share_gap(near, raster)
+    report.figures["accuracy_difference"] = {"value": gap.value, "low": gap.low, "high": gap.high}
     return Finding(
         "quality does not suffer: as many pictures show the asked shape and colour (oracle)",
         f"{PAPER} Inception score 212.3 against 193.6",
-        f"{near} against {raster}; difference {100 * gap:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]",
+        f"{near} against {raster}; difference {100 * gap.value:+.1f} points [{100 * gap.low:+.1f}, "
+        f"{100 * gap.high:+.1f}]",
         # Two points are the least that matters; where the baseline itself fails, equal shares say nothing.
-        None if raster.value < 0.5 else True if low > -0.02 else False if high < 0 else None,
+        None if raster.value < 0.5 else True if gap.low > -0.02 else False if gap.high < 0 else None,
     )
 
 

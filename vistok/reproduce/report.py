@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass, field
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from vistok.files import write_text_atomic
+from vistok.metrics.accuracy import Accuracy
 
-__all__ = ["Finding", "Report", "environment"]
+__all__ = ["Finding", "Gap", "Report", "environment", "share_gap"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,28 @@ class Report:
             ]
         lines += ["", *(f"  note: {note}" for note in self.notes)]
         return "\n".join(lines).rstrip()
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much higher one figure is than another, and the 95 % interval of that."""
+
+    value: float
+    low: float
+    high: float
+
+    def lower(self) -> bool | None:
+        """Whether the first is lower; None if the interval holds 0."""
+        return True if self.high < 0 else False if self.low > 0 else None
+
+
+def share_gap(one: Accuracy, other: Accuracy) -> Gap:
+    """How much higher the first share is, with Newcombe's interval (1998) from their Wilson intervals."""
+    (one_low, one_high), (other_low, other_high) = one.interval, other.interval
+    gap = one.value - other.value
+    low = gap - math.hypot(one.value - one_low, other_high - other.value)
+    high = gap + math.hypot(one_high - one.value, other.value - other_low)
+    return Gap(gap, low, high)
 
 
 def environment() -> dict[str, Any]:

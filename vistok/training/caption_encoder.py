@@ -12,9 +12,6 @@ Letters: B captions, T tokens a caption, D channels.
 
 from __future__ import annotations
 
-import json
-import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,17 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
-from vistok.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, VOCABULARY, caption, parse_caption, sample_scene
+from vistok.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, caption, parse_caption, sample_scene
 from vistok.data.shapes.captions import SPOKEN_SHADES, Description
+from vistok.data.shapes.words import caption_tokenizer
 from vistok.nn.model import VistokModel
 
-__all__ = ["CaptionEncoder", "CaptionSource", "build_tokenizer", "description_targets"]
+from .recipe import Recipe, ShapesMeaningsRecipe
+from .sources import HELD_OUT_STREAM
+
+__all__ = ["CaptionEncoder", "CaptionMeanings", "CaptionMonitor", "description_targets"]
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -39,28 +40,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shade": SPOKEN_SHADES,
 }
 MAX_OBJECTS = 3
-
-
-def build_tokenizer(max_length: int = 24) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words of the caption grammar; ends every caption with `</s>`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    special = ["<pad>", "</s>", "<unk>"]
-    vocabulary = {word: index for index, word in enumerate([*special, *VOCABULARY])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+HELD_OUT_CAPTIONS = 2000
 
 
 def description_targets(description: Description) -> list[int]:
@@ -88,6 +68,8 @@ class CaptionEncoder(VistokModel):
     """
 
     system = "caption-encoder"
+    kind = "text encoder"
+    is_stock = True
 
     @register_to_config
     def __init__(
@@ -99,7 +81,7 @@ class CaptionEncoder(VistokModel):
         max_length: int = 24,
     ) -> None:
         super().__init__()
-        self.tokenizer = build_tokenizer(max_length)
+        self.tokenizer = caption_tokenizer(max_length, begin=False)
         self.encoder = T5EncoderModel(
             T5Config(
                 vocab_size=len(self.tokenizer),
@@ -142,26 +124,46 @@ class CaptionEncoder(VistokModel):
             correct &= logits.argmax(1) == target
         return {"loss": torch.stack(losses).mean(), "whole_description_accuracy": correct.float().mean()}
 
-    def export(self, folder: Path) -> None:
-        """Write the encoder (bf16) and its tokenizer as transformers files."""
-        self.encoder.to(torch.bfloat16).save_pretrained(folder)
+    def shipped_keys(self) -> list[str]:
+        """The tensors that ship: the heads stay behind."""
+        return [key for key in self.state_dict() if key.startswith("encoder.")]
+
+    def save_transformers(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the encoder and its tokenizer as transformers files.
+
+        Args:
+            folder: to write.
+            tensors: weights under this network's names.
+        """
+        weights = {key.removeprefix("encoder."): tensors[key] for key in self.shipped_keys()}
+        self.encoder.load_state_dict(weights)
+        self.encoder.to(next(iter(weights.values())).dtype).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def facts(self) -> dict[str, Any]:
+        """What `vistok.json` says of it."""
+        return {
+            "system": "text-encoder",
+            "kind": self.kind,
+            "parameters": sum(parameter.numel() for parameter in self.encoder.parameters()),
+        }
 
-class CaptionSource:
-    """Captions of sampled scenes with their meaning; batch `step` is a pure function of (seed, step)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int) -> None:
-        self.tokenizer, self.seed, self.batch_size = tokenizer, seed, batch_size
+class CaptionMeanings:
+    """Captions of lab scenes with what they say (see `ShapesMeaningsRecipe`); sample n is a function of (seed, n)."""
 
-    def batch(self, step: int) -> dict[str, Tensor]:
+    def __init__(self, recipe: ShapesMeaningsRecipe, seed: int) -> None:
+        self.recipe, self.seed = recipe, seed
+        self.tokenizer = caption_tokenizer(begin=False)
+
+    def batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` int64 [B, T] and `targets` int64 [B, heads]."""
-        rng = np.random.default_rng([self.seed, step])
         texts = []
-        for index in range(self.batch_size):
-            scene = sample_scene(self.seed, step * self.batch_size + index)
+        for number in numbers.tolist():
+            rng = np.random.default_rng((self.seed, number))
+            scene = sample_scene(self.seed, number, self.recipe.objects)
             text = caption(scene, rng, attribute_dropout=float(rng.choice([0.0, 0.25, 0.6])))
-            if rng.random() < 0.15:  # "red circle" is understood like "a red circle"
+            if rng.random() < self.recipe.bare:  # "red circle" is understood like "a red circle"
                 text = " ".join(word for word in text.split() if word not in ("a", "an"))
             texts.append(text)
         encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
@@ -173,48 +175,20 @@ class CaptionSource:
         }
 
 
-def train_caption_encoder(
-    output: Path, *, steps: int = 3000, batch_size: int = 64, lr: float = 2e-3, seed: int = 0
-) -> dict[str, float]:
-    """Train the lab's text encoder on the CPU and export it.
+class CaptionMonitor:
+    """Held-out captions: the share of words at which the whole description is read."""
 
-    Args:
-        output: folder for the transformers files, and for `training.jsonl` with the progress.
-        steps: optimiser steps; the learning rate warms up over 100 and falls to zero along a cosine.
-        batch_size: captions a step.
-        lr: peak learning rate of AdamW.
-        seed: of weights and captions.
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        assert isinstance(recipe.data, ShapesMeaningsRecipe)
+        source = CaptionMeanings(recipe.data, recipe.seed + HELD_OUT_STREAM)
+        batch = source.batch(np.arange(HELD_OUT_CAPTIONS, dtype=np.int64))
+        self.batch = {name: value.to(device) for name, value in batch.items()}
 
-    Returns:
-        The figures on 2,000 held-out captions.
-    """
-    torch.manual_seed(seed)
-    model = CaptionEncoder()
-    source = CaptionSource(model.tokenizer, seed, batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "training.jsonl").open("w", encoding="utf-8") as log:
-        for step in range(steps):
-            losses = model.training_loss(source.batch(step))
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if (step + 1) % 100 == 0:
-                figures = {name: round(float(value.detach()), 5) for name, value in losses.items()}
-                log.write(json.dumps({"step": step + 1, **figures}) + "\n")
-                log.flush()
-    model.eval()
-    held_out = CaptionSource(model.tokenizer, seed + 1, 2000)
-    with torch.no_grad():
-        figures = {name: float(value) for name, value in model.training_loss(held_out.batch(0)).items()}
-    model.export(output)
-    return figures
+    @torch.no_grad()
+    def validate(self, model: Any) -> dict[str, float]:
+        """`val/loss` and `val/whole_description_accuracy`."""
+        return {f"val/{name}": value.item() for name, value in model.training_loss(self.batch).items()}
 
-
-if __name__ == "__main__":
-    print(json.dumps(train_caption_encoder(Path(sys.argv[1]))))
+    def sample(self, model: Any, seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Nothing: captions are no pictures."""
+        return {}, {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vistok.errors import CheckpointError, InvalidInputError
 from vistok.files import read_state_dict, save_tensors, write_text_atomic
@@ -88,24 +89,44 @@ def write_model(
     problems = describe_mismatch(model.state_dict(), weights)
     if problems:
         raise CheckpointError(f"{checkpoint} does not fit the recipe's network: {'; '.join(problems)}")
+    if hasattr(model, "measure_latents") and "scaling_factor" not in recipe.model.config:
+        model.load_state_dict(weights)
+        _normalise_latents(recipe, model.eval())
+        weights = model.state_dict()
     tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
-    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    if hasattr(model, "shipped_keys"):  # heads that only training needs stay behind
+        tensors = {key: tensors[key] for key in model.shipped_keys()}
+    size = largest_file(model, tensors)
     if max_bytes is not None and size > max_bytes:
         raise InvalidInputError(
             f"{recipe.name} takes {size / 2**20:.2f} MiB in {str(dtype).removeprefix('torch.')}; at most "
             f"{max_bytes / 2**20:.2f} MiB may ship: train a smaller network"
         )
-    if hasattr(model, "measure_latents") and "scaling_factor" not in recipe.model.config:
-        model.load_state_dict(weights)
-        model.register_to_config(scaling_factor=round(_latent_scale(recipe, model.eval()), 4))
+    if hasattr(model, "denoise"):  # a decoder that draws: the recipe's settings are its own
+        model.register_to_config(**recipe.sampling.given)
     facts = _facts(recipe, model)
     step = int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"])
     figures = _last_figures(read_metrics(run_dir))
-    model.save_config(folder)
-    save_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
+    if hasattr(model, "save_pipeline"):  # a stock pipeline of diffusers
+        model.load_state_dict(weights)
+        model.save_pipeline(folder, recipe.tokenizer, dtype, recipe.model.trained)
+    elif getattr(model, "is_stock", False):  # a stock model of transformers
+        model.save_transformers(folder, tensors)
+    else:
+        model.save_config(folder)
+        save_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
     write_text_atomic(folder / "vistok.json", json.dumps(facts, indent=2) + "\n")
     card = _card(name, recipe, facts, step, f"{size / 2**20:.2f} MiB of {str(dtype).removeprefix('torch.')}", figures)
     write_text_atomic(folder / "README.md", card)
+
+
+def largest_file(model: VistokModel, tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the weights in one file; the parts of a pipeline are files of their own."""
+    sizes: dict[str, int] = {}
+    for key, value in tensors.items():
+        part = key.partition(".")[0] if hasattr(model, "save_pipeline") else ""
+        sizes[part] = sizes.get(part, 0) + value.numel() * value.element_size()
+    return max(sizes.values())
 
 
 def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
@@ -113,7 +134,7 @@ def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
     config: Mapping[str, Any] = model.config
     tokenizer = hasattr(model, "decode")
     generator = hasattr(model, "generate")
-    image_size = recipe.data.image_size
+    image_size = getattr(recipe.data, "image_size", None)
     facts: dict[str, Any] = {
         "system": recipe.model.system,
         "kind": "tokenizer" if tokenizer else "generator" if generator else "helper",
@@ -124,32 +145,45 @@ def _facts(recipe: Recipe, model: VistokModel) -> dict[str, Any]:
         "num_tokens": _num_tokens(model, image_size),
         "codebook_size": getattr(model, "codebook_size", None) or config.get("vocab_size"),
     }
+    if hasattr(model, "is_stock"):  # a language model, whose vocabulary is words
+        facts |= {"kind": model.kind, "codebook_size": None}
+    if tokenizer and hasattr(model, "denoise"):
+        facts["autoencoder"] = config.get("autoencoder")
+        facts["sampling"] = recipe.sampling.given
+    if hasattr(model, "save_pipeline"):
+        facts |= {"kind": "pipeline", "tokenizer": recipe.tokenizer, "sampling": recipe.sampling.given}
+        if recipe.model.trained:  # only these weights ship; the others are the base's
+            facts |= {"base": recipe.model.init_from, "tenor": config.get("tenor", False)}
     if generator:
         facts["tokenizer"] = recipe.tokenizer
         facts["text_encoder"] = recipe.text_encoder
         facts["class_names"] = _class_names(recipe)
         facts["sampling"] = recipe.sampling.given
+    if hasattr(model, "facts"):
+        facts |= model.facts()
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def _num_tokens(model: Any, image_size: int) -> int | None:
+def _num_tokens(model: Any, image_size: int | None) -> int | None:
     """Tokens of a training image; None for networks that neither make nor write tokens."""
     if hasattr(model, "num_registers"):  # ordered tokens: as many at any image size
         return int(model.num_registers)
-    if hasattr(model, "decode") and hasattr(model, "downsample_factor"):
+    if isinstance(getattr(model, "num_tokens", None), int):
+        return int(model.num_tokens)
+    if image_size is not None and hasattr(model, "decode") and hasattr(model, "downsample_factor"):
         return (image_size // model.downsample_factor) ** 2
     grid = model.config.get("grid") or getattr(model, "grid", None)
     return None if grid is None else int(grid[0] * grid[1])
 
 
-def _latent_scale(recipe: Recipe, model: Any) -> float:
-    """What brings the latents of the training data to standard deviation 1."""
+def _normalise_latents(recipe: Recipe, model: Any) -> None:
+    """Bring the latents of the training data to mean 0 and deviation 1 in every channel, for generators."""
     source = open_source(recipe, tokenizer=None, cache=Path(), device=torch.device("cpu"))
     batches = (
         source.batch(np.arange(first, first + MEASURED_BATCH))["images"].float() / 127.5 - 1
         for first in range(0, MEASURED_IMAGES, MEASURED_BATCH)
     )
-    return model.measure_latents(batches, generator=torch.Generator().manual_seed(recipe.seed)).scaling_factor
+    model.absorb_statistics(model.measure_latents(batches, generator=torch.Generator().manual_seed(recipe.seed)))
 
 
 def _class_names(recipe: Recipe) -> list[str] | None:
@@ -188,7 +222,11 @@ def _card(
         f"- {size} weights" + (f", exponential moving average {recipe.ema_decay}" if recipe.ema_decay else ""),
         f"- licence: {facts['licence']}",
     ]
-    lines += [f"- {key.replace('_', ' ')}: `{facts[key]}`" for key in ("tokenizer", "text_encoder") if key in facts]
+    lines += [
+        f"- {key.replace('_', ' ')}: `{facts[key]}`"
+        for key in ("tokenizer", "autoencoder", "text_encoder")
+        if key in facts
+    ]
     if figures:
         lines += [
             "",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vistok.data.photographs import open_photograph
 from vistok.errors import InvalidInputError
-from vistok.metrics.accuracy import caption_accuracy, class_accuracy
+from vistok.metrics.accuracy import caption_accuracy, class_accuracy, oracle_agreement
 from vistok.metrics.reconstruction import psnr
 from vistok.nn.model import VistokModel
 from vistok.nn.text import TextCondition
@@ -34,6 +34,7 @@ SHOWN = 16
 PREFIX_ROWS = 8
 SAMPLED = 64
 ORACLE_SIDE = 16  # pixels that the oracle needs
+READ_SCENES, READ_SIDE, READ_PREFIX = 64, 32, 4  # of ordered tokens: scenes, their least side, and a short prefix
 
 
 class Monitor(Protocol):
@@ -85,6 +86,7 @@ class TokenizerMonitor:
         self.seed = recipe.seed
         self.ordered = hasattr(model, "decode_prefixes")
         self.sampling: dict[str, Any] | None = None  # of a decoder that draws
+        self.single: Tensor | None = None  # scenes of one object, for the oracle
         tokenizer: Any = model
         if hasattr(model, "denoise"):
             self.sampling = recipe.sampling.given
@@ -98,6 +100,9 @@ class TokenizerMonitor:
             stream = recipe.seed + HELD_OUT_STREAM
             scenes = [sample_scene(stream, number, data.objects) for number in range(HELD_OUT_SCENES)]
             self.images = image_batch([render(scene, data.image_size) for scene in scenes])
+            if self.ordered and data.image_size >= READ_SIDE:
+                simple = [sample_scene(stream, number, 1) for number in range(READ_SCENES)]
+                self.single = image_batch([render(scene, data.image_size) for scene in simple])
             multiple = int(getattr(model, "downsample_factor", 16))
             for name in data.held_out_photos:
                 if self.ordered:  # made for one size
@@ -130,8 +135,20 @@ class TokenizerMonitor:
             decoded = model.decode_prefixes(tokens, lengths, **self._draws(images)).float().cpu()
         return picture_grid(torch.cat([images[:, None], decoded], dim=1).flatten(0, 1), 1 + len(lengths))
 
+    def _agreement(self, model: Any, images: Tensor) -> dict[str, float]:
+        """What the oracle still reads after a short prefix and after all tokens."""
+        lengths = sorted({min(READ_PREFIX, int(model.num_registers)), int(model.num_registers)})
+        with torch.no_grad():
+            tokens = model.encode(images.to(self.device))
+            decoded = model.decode_prefixes(tokens, lengths, **self._draws(images)).float().cpu()
+        return {
+            f"val/agreement_{length}": oracle_agreement(images, decoded[:, index])["scene"].value
+            for index, length in enumerate(lengths)
+        }
+
     def validate(self, model: VistokModel) -> dict[str, float]:
-        """`val/psnr` in dB, `val/codebook_usage` as a fraction, and `val/psnr_<photograph>`."""
+        """`val/psnr` in dB, `val/codebook_usage` as a fraction, `val/psnr_<photograph>`; of ordered tokens also
+        `val/agreement_<k>`, the share of one-object scenes that keep shape and colour through the first k tokens."""
         pairs = [self._reconstruct(model, part) for part in self.images.split(EVALUATION_BATCH)]
         figures = {"val/psnr": psnr(torch.cat([pair[0] for pair in pairs]), self.images).mean().item()}
         used: set[int] = set()
@@ -141,6 +158,8 @@ class TokenizerMonitor:
             decoded, ids = self._reconstruct(model, photograph)
             figures[f"val/psnr_{name}"] = psnr(decoded, photograph).mean().item()
             used.update([] if ids is None else ids.unique().tolist())
+        if self.single is not None:
+            figures |= self._agreement(model, self.single)
         if self.codebook_size is not None:
             figures["val/codebook_usage"] = len(used) / self.codebook_size
         return figures

@@ -6,13 +6,18 @@ suits AdamW's learning rates is from Liu et al., "Muon is Scalable for LLM Train
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from vistok.errors import InvalidInputError
+
 from .recipe import OptimizerRecipe
+
+# Narrower convolutions read or write pictures or latents.
+SMALLEST_HIDDEN = 16
 
 __all__ = ["MuonWithAdamW", "build_optimizer", "decay_groups"]
 
@@ -35,16 +40,29 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def hidden_convolutions(model: nn.Module) -> list[nn.Parameter]:
+    """Weights [out, in, ...] of convolutions between hidden states: neither the first nor the last of the network."""
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.weight.requires_grad]
+    return [module.weight for module in found if min(module.weight.shape[:2]) >= SMALLEST_HIDDEN]
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Two optimisers that step together; `param_groups` are those of both.
 
     Args:
-        muon: of the hidden matrices.
+        muon: of the hidden matrices, and of the matrices that `convolutions` are seen as.
         adamw: of everything else.
+        convolutions: pairs of a contiguous weight [out, in, ...] and the parameter [out, ...] that shares its memory.
     """
 
-    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        muon: torch.optim.Optimizer,
+        adamw: torch.optim.Optimizer,
+        convolutions: Sequence[tuple[nn.Parameter, nn.Parameter]] = (),
+    ) -> None:
         self.parts = (muon, adamw)
+        self.convolutions = tuple(convolutions)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._link()
 
@@ -56,9 +74,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both."""
         loss = None if closure is None else torch.enable_grad()(closure)()
+        for weight, matrix in self.convolutions:
+            matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
         for part in self.parts:
             part.step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all parameters."""
+        super().zero_grad(set_to_none)
+        for weight, _ in self.convolutions:
+            weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """`muon` and `adamw`, each a state dict."""
@@ -88,9 +114,17 @@ def build_optimizer(model: nn.Module, settings: OptimizerRecipe, device: torch.d
     if settings.name == "adamw":
         return adamw(decay_groups(trained, settings.weight_decay))
     matrices = hidden_matrices(model)
-    known = {id(value) for value in matrices}
+    kernels = hidden_convolutions(model) if settings.convolutions else []
+    if not all(weight.is_contiguous() for weight in kernels):
+        raise InvalidInputError("optimizer.convolutions needs contiguous weights; set channels_last to false")
+    # torch's Muon takes matrices only.
+    pairs = [(weight, nn.Parameter(weight.detach().view(len(weight), -1))) for weight in kernels]
+    known = {id(value) for value in [*matrices, *kernels]}
     rest = [value for value in trained if id(value) not in known]
     muon = torch.optim.Muon(
-        matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        [*matrices, *(matrix for _, matrix in pairs)],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
     )
-    return MuonWithAdamW(muon, adamw(decay_groups(rest, settings.weight_decay)))
+    return MuonWithAdamW(muon, adamw(decay_groups(rest, settings.weight_decay)), pairs)

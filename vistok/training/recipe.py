@@ -30,7 +30,12 @@ __all__ = [
     "Recipe",
     "SamplingRecipe",
     "ScheduleRecipe",
+    "ShapesCaptionsRecipe",
     "ShapesImagesRecipe",
+    "ShapesMeaningsRecipe",
+    "ShapesSEEDRecipe",
+    "ShapesPairsRecipe",
+    "ShapesQuestionsRecipe",
     "ShapesTokensRecipe",
     "ShardsRecipe",
     "load_recipe",
@@ -42,6 +47,8 @@ __all__ = [
 
 # Systems that can be trained against a discriminator.
 ADVERSARIAL_SYSTEMS = ("vq", "kl")
+# Systems that train their own text encoder.
+OWN_TEXT_SYSTEMS = ("text-to-image",)
 
 T = TypeVar("T")
 
@@ -63,12 +70,14 @@ class ModelRecipe:
         init_from: checkpoint folder, run folder or shipped name whose matching tensors are the starting point.
         codebook_embeddings: token embeddings and output heads start as random projections of the tokenizer's codebook,
             so that codes which look alike start alike (generators over discrete tokens).
+        trained: parameters whose name begins with one of these learn, the others keep their values; none: all learn.
     """
 
     system: str
     config: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     codebook_embeddings: bool = False
+    trained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,10 @@ class ShapesImagesRecipe:
     Attributes:
         image_size: side of a training image in pixels.
         objects: least and greatest number of objects in a scene.
-        scenes: number of distinct scenes, rendered once into memory; 0 renders a new scene for every sample.
+        scenes: number of distinct scenes, rendered once into memory; 0 renders a new scene for every sample. With a KL
+            tokenizer in the recipe: number of distinct pictures, crops among them, that are encoded once; 0 encodes
+            every sample.
+        single_ratio: fraction of the scenes that show the least number of objects, before `objects` is asked.
         photo_ratio: fraction of the samples that are photograph crops.
         held_out_photos: photographs never used in training, by file name without suffix; validation reports on them.
         annotations: also give what each scene shows, as `objects` [B, 3, 6] (see `vistok.metrics.features`).
@@ -88,6 +100,7 @@ class ShapesImagesRecipe:
     image_size: int = number(64, 8, 4096)
     objects: tuple[int, int] = number((1, 3), 1, 3)
     scenes: int = number(0, 0)
+    single_ratio: float = number(0.0, 0.0, 1.0)
     photo_ratio: float = number(0.0, 0.0, 1.0)
     held_out_photos: tuple[str, ...] = ()
     annotations: bool = False
@@ -113,6 +126,96 @@ class ShapesTokensRecipe:
     image_size: int = number(64, 8, 4096)
     objects: tuple[int, int] = number((1, 1), 1, 3)
     pivot_size: int = number(0, 0, 4096)
+
+
+@dataclass(frozen=True)
+class ShapesCaptionsRecipe:
+    """Scenes of the lab world, a new one for every sample, with their captions as words (SEED's first stage).
+
+    Attributes:
+        image_size: side of a scene in pixels.
+        objects: least and greatest number of objects in a scene.
+        full_captions: fraction of the captions that say everything; the others leave attributes out.
+    """
+
+    source: Literal["shapes-captions"]
+    image_size: int = number(64, 8, 4096)
+    objects: tuple[int, int] = number((1, 2), 1, 3)
+    full_captions: float = number(0.75, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ShapesMeaningsRecipe:
+    """Captions of lab scenes with what they say, without pictures (the lab's text encoder).
+
+    Attributes:
+        objects: least and greatest number of objects in a scene.
+        bare: fraction of the captions that come without articles.
+    """
+
+    source: Literal["shapes-meanings"]
+    objects: tuple[int, int] = number((1, 3), 1, 3)
+    bare: float = number(0.15, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ShapesSEEDRecipe:
+    """Scenes of the lab world as a SEED sees them, encoded once.
+
+    Attributes:
+        give: `embeddings`: causal embeddings and their teacher's image embedding (SEED's second stage); `latents`: that
+            image embedding and the moments of the recipe's KL tokenizer (its unCLIP decoder); `sentences`: codes and
+            captions as words of a language model.
+        encoder: the SEED: shipped name or folder.
+        image_size: side of a scene in pixels.
+        objects: least and greatest number of objects in a scene.
+        scenes: number of distinct scenes.
+    """
+
+    source: Literal["shapes-seed"]
+    give: Literal["embeddings", "latents", "sentences"]
+    encoder: str
+    scenes: int = number(low=1)
+    image_size: int = number(64, 8, 4096)
+    objects: tuple[int, int] = number((1, 2), 1, 3)
+
+
+@dataclass(frozen=True)
+class ShapesQuestionsRecipe:
+    """Scenes of the lab world, a new one for every sample, with questions and answers (see `vistok.training.lvlm`).
+
+    Attributes:
+        image_size: side of a scene in pixels.
+        patch_size: side in pixels of the patches that the annotations describe.
+        objects: least and greatest number of objects in a scene.
+        text_tokens: words of questions and answers a scene; as many questions as fit.
+        descriptions: fraction of the scenes whose first question asks for a list of all objects.
+    """
+
+    source: Literal["shapes-questions"]
+    image_size: int = number(64, 8, 4096)
+    patch_size: int = number(4, 1, 256)
+    objects: tuple[int, int] = number((1, 3), 1, 3)
+    text_tokens: int = number(96, 16, 4096)
+    descriptions: float = number(0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ShapesPairsRecipe:
+    """Pairs of objects in lab scenes, captioned by CoMPaSS' data engine (see `vistok.training.pairs`).
+
+    Attributes:
+        filtered: keep the pairs that pass all of its rules; false keeps every pair.
+        image_size: side of a scene in pixels.
+        objects: least and greatest number of objects in a scene.
+        scenes: number of distinct scenes, encoded once by the recipe's KL tokenizer.
+    """
+
+    source: Literal["shapes-pairs"]
+    filtered: bool
+    scenes: int = number(low=1)
+    image_size: int = number(64, 8, 4096)
+    objects: tuple[int, int] = number((2, 3), 2, 3)
 
 
 @dataclass(frozen=True)
@@ -150,7 +253,17 @@ class ShardsRecipe:
     crop_ratio: float = number(1.1, 1.0, 4.0)
 
 
-DataRecipe = ShapesImagesRecipe | ShapesTokensRecipe | FolderRecipe | ShardsRecipe
+DataRecipe = (
+    ShapesImagesRecipe
+    | ShapesTokensRecipe
+    | ShapesPairsRecipe
+    | ShapesCaptionsRecipe
+    | ShapesMeaningsRecipe
+    | ShapesSEEDRecipe
+    | ShapesQuestionsRecipe
+    | FolderRecipe
+    | ShardsRecipe
+)
 
 
 @dataclass(frozen=True)
@@ -162,6 +275,7 @@ class OptimizerRecipe:
         lr: learning rate of both.
         betas, eps: of AdamW.
         weight_decay: applies to tensors of two or more dimensions only.
+        convolutions: `muon` also steps convolutions, as matrices [out, in * rows * columns].
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -169,6 +283,7 @@ class OptimizerRecipe:
     betas: tuple[float, float] = number((0.9, 0.95), 0.0, 1.0)
     weight_decay: float = number(0.05, 0.0, 10.0)
     eps: float = number(1e-8, 0.0, 1.0)
+    convolutions: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,6 +336,7 @@ class SamplingRecipe:
     """
 
     guidance_scale: float | None = number(None, 0.0, 100.0)
+    guidance_schedule: Literal["linear", "constant"] | None = None
     temperature: float | None = number(None, 0.0, 100.0)
     top_k: int | None = number(None, 0)
     top_p: float | None = number(None, 0.0, 1.0)
@@ -291,6 +407,7 @@ HARMLESS = frozenset(
         "workers",
         "name",
         "sampling.guidance_scale",
+        "sampling.guidance_schedule",
         "sampling.temperature",
         "sampling.top_k",
         "sampling.top_p",
@@ -415,8 +532,12 @@ def _check(recipe: Recipe) -> None:
             f"batch_size {recipe.batch_size} is not divisible by gradient_accumulation {recipe.gradient_accumulation}"
         )
     data = recipe.data
-    if isinstance(data, (ShapesImagesRecipe, ShapesTokensRecipe)) and data.objects[0] > data.objects[1]:
+    with_images = (ShapesImagesRecipe, ShapesTokensRecipe, ShapesQuestionsRecipe, ShapesCaptionsRecipe)
+    lab = (*with_images, ShapesMeaningsRecipe, ShapesSEEDRecipe)
+    if isinstance(data, lab) and data.objects[0] > data.objects[1]:
         raise InvalidInputError(f"data.objects: expected [least, greatest], got {list(data.objects)}")
+    if isinstance(data, ShapesPairsRecipe) and recipe.tokenizer is None:
+        raise InvalidInputError("data.source shapes-pairs needs the field tokenizer: the checkpoint that encodes")
     if isinstance(data, ShapesTokensRecipe):
         if recipe.tokenizer is None:
             raise InvalidInputError("data.source shapes-tokens needs the field tokenizer: the checkpoint that encodes")
@@ -424,7 +545,7 @@ def _check(recipe: Recipe) -> None:
             raise InvalidInputError(
                 f"data.condition class describes scenes of one object; got data.objects {list(data.objects)}"
             )
-        if data.condition == "caption" and recipe.text_encoder is None:
+        if data.condition == "caption" and recipe.text_encoder is None and recipe.model.system not in OWN_TEXT_SYSTEMS:
             raise InvalidInputError("data.condition caption needs the field text_encoder")
     if isinstance(data, ShapesImagesRecipe) and data.annotations and data.photo_ratio:
         raise InvalidInputError("data.annotations describes lab scenes only; set data.photo_ratio to 0")

@@ -13,7 +13,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,11 +28,23 @@ from vistok.data.photographs import PHOTOGRAPHS, open_photograph
 from vistok.errors import InvalidInputError
 from vistok.files import atomic_path, open_image
 
-from .recipe import FolderRecipe, Recipe, ShapesImagesRecipe, ShapesTokensRecipe, ShardsRecipe
+from .recipe import (
+    FolderRecipe,
+    Recipe,
+    ShapesCaptionsRecipe,
+    ShapesImagesRecipe,
+    ShapesPairsRecipe,
+    ShapesMeaningsRecipe,
+    ShapesQuestionsRecipe,
+    ShapesSEEDRecipe,
+    ShapesTokensRecipe,
+    ShardsRecipe,
+)
 
 __all__ = [
     "FolderImages",
     "ShapesImages",
+    "ShapesMoments",
     "ShapesTokens",
     "ShardImages",
     "Source",
@@ -171,7 +183,13 @@ class ShapesImages:
         """Scene `number` of this training's stream."""
         from vistok.data.shapes import sample_scene
 
-        return sample_scene(self.seed, number, self.recipe.objects)
+        objects = self.recipe.objects
+        if (
+            self.recipe.single_ratio
+            and np.random.default_rng((self.seed, number, 1)).random() < self.recipe.single_ratio
+        ):
+            objects = (objects[0], objects[0])
+        return sample_scene(self.seed, number, objects)
 
     def render(self, number: int) -> np.ndarray:
         """Its pixels, uint8 [H, W, 3]."""
@@ -201,6 +219,24 @@ class ShapesImages:
 def image_batch(pictures: Sequence[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] pictures as one float batch [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+class ShapesMoments:
+    """Lab scenes and photograph crops as a KL tokenizer's moments, from a memory map (see `ShapesImagesRecipe`)."""
+
+    def __init__(self, folder: Path, recipe: ShapesImagesRecipe, seed: int) -> None:
+        self.file = folder / "moments.npy"
+        self.order = Epochs(recipe.scenes, seed)
+        self._moments: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # workers map the file themselves instead of receiving a copy
+        return {**self.__dict__, "_moments": None}
+
+    def batch(self, numbers: np.ndarray) -> dict[str, Any]:
+        """`moments` float32 [B, 2C, h, w]."""
+        if self._moments is None:
+            self._moments = np.load(self.file, mmap_mode="r")
+        return {"moments": torch.from_numpy(self._moments[self.order(numbers)].astype(np.float32))}
 
 
 class ShapesTokens:
@@ -241,11 +277,14 @@ class ShapesTokens:
         return found
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a network's weights: what it made is kept under this name."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    given = getattr(model, "_autoencoder", None)  # a FlexTok's tokens also depend on the latents it was given
+    for part in [model] if given is None else [model, given]:
+        for name, value in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -285,6 +324,42 @@ def draw_latents(tokenizer: Any, batch: dict[str, Any]) -> None:
             batch[f"{name}latents"] = tokenizer.latents_from_tokens(tokens)
 
 
+def encode_pictures(
+    recipe: ShapesImagesRecipe,
+    tokenizer: Any,
+    seed: int,
+    cache: Path,
+    *,
+    device: torch.device,
+    batch_size: int = 128,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Encode the first `recipe.scenes` samples of an image source, scenes and crops alike, by a KL tokenizer, once.
+
+    Arguments as in `encode_scenes`.
+
+    Returns:
+        Folder with `moments.npy` float16 [scenes, 2C, h, w].
+    """
+    key = json.dumps([asdict(recipe), seed, fingerprint(tokenizer)], sort_keys=True)
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    file = folder / "moments.npy"
+    if file.is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    source = ShapesImages(replace(recipe, scenes=0), seed)
+    parts = []
+    for first in range(0, recipe.scenes, batch_size):
+        numbers = np.arange(first, min(first + batch_size, recipe.scenes), dtype=np.int64)
+        images = source.batch(numbers)["images"].to(device).float() / 127.5 - 1.0
+        parts.append(encode_images(tokenizer, images)["moments"].to(torch.float16).cpu().numpy())
+        if on_progress is not None:
+            on_progress(first + len(numbers), recipe.scenes)
+    with atomic_path(file) as path:
+        np.save(path, np.concatenate(parts))
+    return folder
+
+
 def encode_scenes(
     recipe: ShapesTokensRecipe,
     tokenizer: Any,
@@ -314,7 +389,7 @@ def encode_scenes(
     """
     from vistok.data.shapes import caption, render, sample_scene
 
-    key = json.dumps([asdict(recipe) | {"condition": None}, stream, _fingerprint(tokenizer)], sort_keys=True)
+    key = json.dumps([asdict(recipe) | {"condition": None}, stream, fingerprint(tokenizer)], sort_keys=True)
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     if (folder / "labels.npy").is_file():  # written last
         return folder
@@ -477,10 +552,33 @@ def open_source(
     """
     data = recipe.data
     if isinstance(data, ShapesImagesRecipe):
+        if data.scenes and hasattr(tokenizer, "moments"):
+            folder = encode_pictures(data, tokenizer, recipe.seed, cache, device=device, on_progress=on_progress)
+            return ShapesMoments(folder, data, recipe.seed)
         return ShapesImages(data, recipe.seed)
     if isinstance(data, ShapesTokensRecipe):
         folder = encode_scenes(data, tokenizer, recipe.seed, cache, device=device, on_progress=on_progress)
         return ShapesTokens(folder, data, recipe.seed)
+    if isinstance(data, ShapesPairsRecipe):
+        from .pairs import open_pairs
+
+        return open_pairs(data, tokenizer, recipe.seed, cache, device=device, on_progress=on_progress)
+    if isinstance(data, ShapesCaptionsRecipe):
+        from .seed import ShapesCaptions
+
+        return ShapesCaptions(data, recipe.seed)
+    if isinstance(data, ShapesMeaningsRecipe):
+        from .caption_encoder import CaptionMeanings
+
+        return CaptionMeanings(data, recipe.seed)
+    if isinstance(data, ShapesSEEDRecipe):
+        from .seed import open_seed
+
+        return open_seed(data, recipe.seed, tokenizer, cache, device=device, on_progress=on_progress)
+    if isinstance(data, ShapesQuestionsRecipe):
+        from .lvlm import ShapesQuestions
+
+        return ShapesQuestions(data, recipe.seed)
     if isinstance(data, FolderRecipe):
         return FolderImages(data, recipe.seed)
     return ShardImages(data, recipe.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import math
 import os
 import random
@@ -42,7 +43,7 @@ from .export import write_model
 from .logs import MetricsLog, ProgressBar
 from .monitors import GeneratorMonitor, Monitor, TokenizerMonitor
 from .optimizers import build_optimizer
-from .recipe import Recipe, ScheduleRecipe, load_recipe, recipe_differences, save_recipe
+from .recipe import OWN_TEXT_SYSTEMS, Recipe, ScheduleRecipe, load_recipe, recipe_differences, save_recipe
 from .sources import Forwards, Source, StepBatches, draw_latents, encode_images, open_source
 
 __all__ = ["Trainer", "TrainingResult", "build_model", "load_matching", "lr_factor"]
@@ -124,10 +125,19 @@ def read_weights(source: str) -> dict[str, Tensor]:
         CheckpointError, UnknownNameError: nothing usable there.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if not folder.is_dir() or is_transformers(folder) or (folder / "model_index.json").is_file():
         from vistok import hub
 
-        return hub.load(source).state_dict()
+        found = hub.load(source)
+        parts = getattr(found, "components", None)
+        if parts is None:
+            return found.state_dict()
+        return {  # of a pipeline: each network under its name
+            f"{name}.{key}": value
+            for name, part in parts.items()
+            if isinstance(part, nn.Module)
+            for key, value in part.state_dict().items()
+        }
     checkpoint = latest_checkpoint(folder)
     candidates = [folder / WEIGHTS_FILE, folder / "ema.safetensors", folder / "model.safetensors"]
     if checkpoint is not None:
@@ -138,6 +148,12 @@ def read_weights(source: str) -> dict[str, Tensor]:
     raise CheckpointError(
         f"{folder} holds no weights; expected one of {', '.join(file.name for file in candidates[:3])}"
     )
+
+
+def is_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers, whose files use other names than the model."""
+    file = folder / "config.json"
+    return file.is_file() and "model_type" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def load_matching(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
@@ -185,13 +201,20 @@ class Trainer:
         output: run folder (see `checkpoint`).
         device: `cpu`, `cuda`, or None for the best there is. Under `accelerate launch` each process takes its own.
         tensorboard: also write TensorBoard event files (extra `train`).
+        on_progress: called with what is done, units done and units in all, instead of showing bars.
 
     Raises:
         InvalidInputError: the recipe asks for something this machine or system cannot do.
     """
 
     def __init__(
-        self, recipe: Recipe, output: str | os.PathLike[str], *, device: str | None = None, tensorboard: bool = True
+        self,
+        recipe: Recipe,
+        output: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        tensorboard: bool = True,
+        on_progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if device not in (None, "cpu", "cuda"):
             raise InvalidInputError(
@@ -221,7 +244,7 @@ class Trainer:
                 f"batch_size {recipe.batch_size} cannot be divided among {self.accelerator.num_processes} processes x "
                 f"{recipe.gradient_accumulation} accumulation steps; choose a multiple of {shares}"
             )
-        self.tensorboard = tensorboard
+        self.tensorboard, self.on_progress = tensorboard, on_progress
         self._interrupted = False
 
     # ------------------------------------------------------------------------------------------------- setting up
@@ -231,12 +254,17 @@ class Trainer:
         self.model = build_model(recipe)
         self.tokenizer = None if recipe.tokenizer is None else load_helper(recipe.tokenizer, self.device)
         check_vocabulary(recipe, self.model, self.tokenizer)
+        give_autoencoder(recipe, self.model, self.tokenizer)
         if recipe.model.codebook_embeddings:
             embed_codebook(recipe, self.model, self.tokenizer)
         if recipe.model.init_from is not None:
-            report = load_matching(self.model, read_weights(recipe.model.init_from))
+            weights = read_weights(recipe.model.init_from)
+            if hasattr(self.model, "rename_initial"):  # a checkpoint under other names
+                weights = self.model.rename_initial(weights)
+            report = load_matching(self.model, weights)
             if self.main and report:
                 write_text_atomic(self.run_dir / "init_from.txt", "\n".join(report) + "\n")
+        train_only(self.model, recipe.model.trained)
         self.model.to(self.device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -263,9 +291,14 @@ class Trainer:
     def _open_source(self) -> Source:
         with self.accelerator.main_process_first():  # the first process fills the token cache for all
             if self.main:
-                with ProgressBar("encoding", 1) as bar:
-                    return self._source(lambda done, total: bar.update(done, total=total))
+                with ProgressBar("encoding", 1, shown=self.on_progress is None) as bar:
+                    return self._source(lambda done, total: self._tell(bar, "encoding", done, total))
             return self._source(None)
+
+    def _tell(self, bar: ProgressBar, what: str, done: int, total: int, note: str = "") -> None:
+        bar.update(done, total=total, note=note)
+        if self.on_progress is not None:
+            self.on_progress(what, done, total)
 
     def _source(self, on_progress: Callable[[int, int], None] | None) -> Source:
         return open_source(
@@ -279,6 +312,22 @@ class Trainer:
     def _monitor(self) -> Monitor | None:
         """The monitor that suits the network; None for helper networks."""
         model = self.model
+        if self.recipe.model.system in ("seed", "seed-unclip", "image-language"):
+            from .seed import seed_monitor
+
+            return seed_monitor(self.recipe, self.source, self.device)
+        if self.recipe.model.system == "caption-encoder":
+            from .caption_encoder import CaptionMonitor
+
+            return CaptionMonitor(self.recipe, self.device)
+        if self.recipe.model.system == "lab-llava":
+            from .lvlm import LlavaMonitor
+
+            return LlavaMonitor(self.recipe, self.device)
+        if self.recipe.model.system in OWN_TEXT_SYSTEMS:
+            from .text_to_image import TextToImageMonitor
+
+            return TextToImageMonitor(self.recipe, self.tokenizer, self.device)
         if hasattr(model, "decode"):
             return TokenizerMonitor(self.recipe, model, self.source, self.device)
         if hasattr(model, "generate") and self.tokenizer is not None:
@@ -369,7 +418,8 @@ class Trainer:
         self._restore()
         self.log = MetricsLog(self.run_dir, self.step, self.tensorboard) if self.main else None
         try:
-            with self._interrupts(), ProgressBar(self.recipe.name, self.recipe.steps, shown=self.main) as bar:
+            shown = self.main and self.on_progress is None
+            with self._interrupts(), ProgressBar(self.recipe.name, self.recipe.steps, shown=shown) as bar:
                 status = self._loop(bar)
         finally:
             if self.log is not None:
@@ -415,7 +465,8 @@ class Trainer:
                 if due["log"]:
                     self._write(figures)
                     window, window_steps, window_start = {}, 0, time.monotonic()
-            bar.update(self.step, note=f"loss {self.figures['loss']:.4f}" if "loss" in self.figures else "")
+            note = f"loss {self.figures['loss']:.4f}" if "loss" in self.figures else ""
+            self._tell(bar, recipe.name, self.step, recipe.steps, note)
             if due["checkpoint"] or interrupted:
                 self._save()
                 saved_at = self.step
@@ -511,7 +562,8 @@ class Trainer:
                 raise InvalidInputError("the recipe has a text_encoder, but its data has no captions")
             condition = self.encode_captions(ready["captions"])
             ready["text_features"], ready["text_mask"] = condition.features, condition.mask
-        ready.pop("captions", None)
+        if not getattr(self.model, "reads_captions", False):
+            ready.pop("captions", None)
         return ready
 
     def pivot_size(self, images: Tensor) -> int:
@@ -593,19 +645,52 @@ def load_helper(name: str, device: torch.device) -> Any:
     return hub.load(name).to(device).eval().requires_grad_(False)
 
 
+def train_only(model: nn.Module, beginnings: Sequence[str]) -> None:
+    """Freeze the parameters whose names begin with none of these; an empty list freezes nothing.
+
+    Raises:
+        InvalidInputError: no parameter's name begins so.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in names):
+            known = sorted({name.split(".")[0] for name in names})
+            raise InvalidInputError(f"model.trained: no parameter begins with {beginning!r}; parts: {', '.join(known)}")
+    if beginnings:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(tuple(beginnings)))
+
+
+def give_autoencoder(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """Hand the recipe's tokenizer to a network that works on its latents (FlexTok on a KL tokenizer).
+
+    Raises:
+        InvalidInputError: the recipe names another one than the network's configuration, or none.
+    """
+    named = model.config.get("autoencoder")
+    if named is None:
+        return
+    if named != recipe.tokenizer:
+        raise InvalidInputError(
+            f"model.config.autoencoder is {named!r}, but the recipe's tokenizer is {recipe.tokenizer!r}: name the same"
+        )
+    model.set_autoencoder(tokenizer)
+
+
 def embed_codebook(recipe: Recipe, model: Any, tokenizer: Any) -> None:
     """Start a generator's embeddings and heads from the codebook of its tokenizer.
 
     Raises:
         InvalidInputError: the generator or the tokenizer has no codes.
     """
-    if not (hasattr(model, "embed_codebook") and hasattr(tokenizer, "quantizer")):
+    features = getattr(tokenizer, "code_features", None)  # of codes that are no learned table
+    if not (hasattr(model, "embed_codebook") and (features is not None or hasattr(tokenizer, "quantizer"))):
         raise InvalidInputError(
             f"model.codebook_embeddings needs a generator of discrete tokens and a tokenizer with a codebook; got "
             f"{type(model).__name__} and {type(tokenizer).__name__}"
         )
     seed_everything(recipe.seed)
-    model.embed_codebook(tokenizer.quantizer.codes().cpu())
+    model.embed_codebook((tokenizer.quantizer.codes() if features is None else features()).cpu())
 
 
 def load_text_encoder(name: str, num_tokens: int, device: torch.device) -> Callable[[Sequence[str]], TextCondition]:

@@ -6,7 +6,7 @@ Letters: R rows (images), N token positions, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,13 +27,14 @@ class AttributeEdit:
 
     Attributes:
         delta: the direction.
-        subject: word or phrase, compiled regular expression, or (start, end) characters. Every token of it is moved.
+        subject: word or phrase, compiled regular expression, or (start, end) characters; or a mapping from a prompt to
+            one of these, for a batch of different prompts. Every token of it is moved.
         scale: how far, one number or one an image; negative turns the attribute down. Useful in about [-2, 2].
         occurrence: which of several matches of the subject (from 0; -1 is the last); None for all of them.
     """
 
     delta: AttributeDelta
-    subject: Subject
+    subject: Subject | Mapping[str, Subject]
     scale: float | Sequence[float] | Tensor = 1.0
     occurrence: int | None = None
 
@@ -43,6 +44,21 @@ class AttributeEdit:
         if not values or not all(math.isfinite(value) for value in values):
             raise InvalidInputError(f"the scale must be finite numbers, got {self.scale!r}")
         return values
+
+    def subject_of(self, prompt: str) -> Subject:
+        """The subject of one prompt.
+
+        Raises:
+            InvalidInputError: if a mapping does not have the prompt.
+        """
+        if not isinstance(self.subject, Mapping):
+            return self.subject
+        if prompt not in self.subject:
+            raise InvalidInputError(
+                f"no subject is given for the prompt {prompt!r}; the mapping has: "
+                f"{', '.join(map(repr, list(self.subject)[:4])) or '(nothing)'}"
+            )
+        return self.subject[prompt]
 
 
 class AttributeDirections(PromptController):
@@ -124,7 +140,8 @@ class AttributeDirections(PromptController):
         """bool [R, N]: the subject's tokens in one encoder, on the device of its states."""
         chosen = torch.zeros(prompts.states[key].shape[:2], dtype=torch.bool)
         for row in range(len(prompts)):
-            chosen[row, prompts.positions(key, row, edit.subject, edit.occurrence)] = True
+            subject = edit.subject_of(prompts.prompts[row])
+            chosen[row, prompts.positions(key, row, subject, edit.occurrence)] = True
         return chosen.to(prompts.states[key].device)
 
     @staticmethod

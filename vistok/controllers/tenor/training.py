@@ -92,8 +92,9 @@ class UNetObjective(nn.Module):
         self._tenor = Tenor(self.maps, training=True)
 
     def places(self, side: int) -> list[str]:
-        """Where attention is judged, for latents of `side`: the middle and the three upper levels."""
-        return [f"mid_{side // 8}", f"up_{side // 4}", f"up_{side // 2}", f"up_{side}"]
+        """Where attention is judged, for latents of `side`: the middle, and the upper levels but the coarsest one."""
+        coarsest = len(self.unet.config.block_out_channels) - 1  # 3 in every published UNet
+        return [f"mid_{side >> coarsest}", *(f"up_{side >> level}" for level in range(coarsest - 1, -1, -1))]
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """See `training_loss`."""

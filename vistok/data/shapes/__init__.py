@@ -23,7 +23,16 @@ from vistok.data.shapes.captions import (
 )
 from vistok.data.shapes.dataset import ShapesDataset, ShapesStream, collate, image_to_tensor
 from vistok.data.shapes.oracle import Reading, SeenObject, read_scene, read_scenes
-from vistok.data.shapes.questions import ANSWERS, QUESTION_KINDS, QUESTION_VOCABULARY, Question, question, questions
+from vistok.data.shapes.questions import (
+    ANSWERS,
+    QUESTION_KINDS,
+    QUESTION_VOCABULARY,
+    Question,
+    question,
+    questions,
+    questions_in_turn,
+    write_questions,
+)
 from vistok.data.shapes.render import render
 from vistok.data.shapes.scene import (
     CLASS_NAMES,
@@ -72,6 +81,7 @@ __all__ = [
     "parse_caption",
     "question",
     "questions",
+    "questions_in_turn",
     "read_scene",
     "read_scenes",
     "relation_between",
@@ -80,4 +90,5 @@ __all__ = [
     "sample_scenes",
     "satisfies",
     "scene_for",
+    "write_questions",
 ]

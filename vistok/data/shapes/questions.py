@@ -6,12 +6,17 @@ word of `ANSWERS`.
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from vistok.data.shapes.captions import RELATION_PHRASES
-from vistok.data.shapes.scene import COLOURS, INVERSE_RELATIONS, SHADES, SHAPES, SIZES, Scene, SceneObject
+from vistok.data.shapes.scene import COLOURS, INVERSE_RELATIONS, SHADES, SHAPES, SIZES, Scene, SceneObject, sample_scene
+from vistok.errors import InvalidInputError
 
 NUMBERS: tuple[str, ...] = ("zero", "one", "two", "three")
 SIDES: tuple[str, ...] = ("left", "right", "top", "bottom")
@@ -127,3 +132,100 @@ def _plural(shape: str) -> str:
 def _rotated(names: tuple[str, ...], start: int) -> tuple[str, ...]:
     start %= len(names)
     return names[start:] + names[:start]
+
+
+def questions_in_turn(
+    count: int,
+    *,
+    seed: int = 0,
+    num_objects: int | tuple[int, int] | None = None,
+    per_image: int = 1,
+    kinds: tuple[str, ...] = QUESTION_KINDS,
+) -> Iterator[tuple[int, Scene, list[Question]]]:
+    """Scenes of a stream and questions about each; kinds take turns, so that each has its share.
+
+    A scene that allows no question of the kind in turn is passed over.
+
+    Args:
+        count: questions in all.
+        seed: stream of scenes.
+        num_objects: objects a scene; None draws 1 to 3.
+        per_image: most questions about one scene.
+        kinds: which kinds are asked.
+
+    Raises:
+        InvalidInputError: unknown kinds, numbers out of range, or a kind that such scenes never allow.
+    """
+    unknown = [kind for kind in kinds if kind not in QUESTION_KINDS]
+    if unknown or not kinds:
+        raise InvalidInputError(f"unknown kinds of questions: {unknown}; there are {', '.join(QUESTION_KINDS)}")
+    if count < 1 or per_image < 1:
+        raise InvalidInputError(f"count and per_image are numbers from 1 on, got {count} and {per_image}")
+    done, index = 0, 0
+    while done < count:
+        scene = sample_scene(seed, index, num_objects)
+        rng = np.random.default_rng((seed, index))
+        wanted = [kinds[(done + turn) % len(kinds)] for turn in range(min(per_image, count - done))]
+        asked = {item.text: item for kind in wanted if (item := question(scene, rng, kind)) is not None}
+        if asked:
+            yield index, scene, list(asked.values())
+        elif index >= 1000 * (done + 1):
+            raise InvalidInputError(f"scenes of {num_objects} objects allow no question of the kind {wanted[0]}")
+        done += len(asked)
+        index += 1
+
+
+def write_questions(
+    folder: str | os.PathLike[str],
+    count: int,
+    *,
+    seed: int = 0,
+    image_size: int = 64,
+    num_objects: int | tuple[int, int] | None = None,
+    per_image: int = 1,
+    kinds: tuple[str, ...] = QUESTION_KINDS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write pictures and questions about them, as `vistok eval pruners --data` reads them.
+
+    Kinds take turns, so that each has its share; a scene that allows no question of the kind in turn is passed over.
+
+    Args:
+        folder: written: `00000.png`, ... and `questions.jsonl` with one object a line: image, question, answer, kind,
+            choices.
+        count: questions.
+        seed: stream of scenes.
+        image_size: side in pixels.
+        num_objects: objects a scene; None draws 1 to 3.
+        per_image: most questions about one picture.
+        kinds: which kinds are asked.
+        on_progress: called with (questions done, questions).
+
+    Returns:
+        The questions file, written last.
+
+    Raises:
+        InvalidInputError: unknown kinds, numbers out of range, or a folder that already holds questions.
+    """
+    from PIL import Image
+
+    from vistok.data.shapes.render import render
+    from vistok.files import write_text_atomic
+
+    folder = Path(folder)
+    file = folder / "questions.jsonl"
+    if file.exists():
+        raise InvalidInputError(f"{file} exists; choose another folder")
+    lines: list[str] = []
+    turns = questions_in_turn(count, seed=seed, num_objects=num_objects, per_image=per_image, kinds=kinds)
+    for index, scene, asked in turns:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{index:05d}.png"
+        Image.fromarray(render(scene, image_size)).save(folder / name)
+        for item in asked:
+            fields = {"image": name, "question": item.text, "answer": item.answer, "kind": item.kind}
+            lines.append(json.dumps({**fields, "choices": item.choices}))
+        if on_progress is not None:
+            on_progress(len(lines), count)
+    write_text_atomic(file, "\n".join(lines) + "\n")
+    return file

@@ -27,6 +27,7 @@ from vistok.errors import InvalidInputError
 from vistok.files import read_state_dict
 from vistok.nn import sampling
 from vistok.nn.cache import KVCache
+from vistok.nn.codebook import start_from_codebook
 from vistok.nn.model import VistokModel
 from vistok.nn.sampling import Generators, Step
 from vistok.nn.text import TextCondition
@@ -221,11 +222,19 @@ class FlexTokAR(VistokModel):
                 narrow = name.endswith(("proj.weight", "fc2.weight")) and name.startswith("layers.")
                 nn.init.normal_(parameter, std=residual if narrow else 0.02)
 
+    def embed_codebook(self, codes: Tensor) -> None:
+        """Start token embeddings and head as random projections of the codebook [V, C]: like codes start alike.
+
+        Raises:
+            InvalidInputError: if the codebook has another size than the vocabulary.
+        """
+        start_from_codebook(codes, self.token_embedding, [self.head], self.vocab_size)
+
     @classmethod
     def tiny(cls, **overrides: Any) -> FlexTokAR:
-        """Random weights in eval mode, builds in milliseconds: 16 tokens of 64 codes, 10 classes."""
+        """Random weights in eval mode, builds in milliseconds: 10 classes, 16 tokens of `FlexTok.tiny`'s 1600 codes."""
         arguments: dict[str, Any] = {
-            "vocab_size": 64,
+            "vocab_size": 1600,
             "hidden_size": 32,
             "num_layers": 2,
             "num_heads": 4,

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from vistok.nn import diffusion
 from vistok.nn.diffusion import ancestral_step, cosine_process
-from vistok.nn.diffusion_head import FinalLayer, TimestepEmbedding, modulate, modulated_steps
+from vistok.nn.diffusion_head import FinalLayer, TimestepEmbedding, modulated_steps, modulation_of
 from vistok.nn.masked import patchify
 from vistok.nn.sampling import Generators
 from vistok.nn.vit import SelfAttention, ViTMLP
@@ -55,10 +55,14 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [R, N, h] and what `adaLN_modulation[1]` makes of SiLU(condition), [R, N, 6 h]."""
+        """x [R, N, h] and what `modulate` gives, [R, N, 6 h]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(modulate(normalised(x), shift1, scale1)))
-        return torch.addcmul(x, gate2, self.mlp(modulate(normalised(x), shift2, scale2)))
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, normalised(x), scale1)))
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, normalised(x), scale2)))
+
+    def modulate(self, activated: Tensor) -> Tensor:
+        """SiLU(condition) [..., h] to shift, scale and gate of both branches [..., 6 h] (see `modulation_of`)."""
+        return modulation_of(self.adaLN_modulation, activated, 6, (1, 4))
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ class DiffusionTransformer(nn.Module):
     def modulations(self, condition: Tensor) -> list[Tensor]:
         """What the layers make of embedded conditions [..., h]: [..., 6 h] a block and [..., 2 h] at the end."""
         activated = functional.silu(condition)
-        return [layer.adaLN_modulation[1](activated) for layer in (*self.blocks, self.final_layer)]
+        return [layer.modulate(activated) for layer in (*self.blocks, self.final_layer)]
 
     def denoise(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """Embedded states [R, N, h] and what `modulations` gives, to noise [R, C, H, W]."""
@@ -131,8 +135,12 @@ class DiffusionTransformer(nn.Module):
         return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.channels, rows * side, cols * side)
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Noise [R, C, H, W] from noisy latents of that shape, timesteps int64 [R] and conditions [R, N, D p p]."""
-        embedded = self.t_embedder(timesteps)[:, None] + self.c_embedder(condition)
+        """Noise [R, C, H, W] from noisy latents of that shape, timesteps int64 [R] and conditions.
+
+        Conditions are [R, N, D p p], or fewer rows which are repeated in turn.
+        """
+        embedded = self.c_embedder(condition)
+        embedded = self.t_embedder(timesteps)[:, None] + embedded.repeat(len(x) // len(embedded), 1, 1)
         return self.denoise(self.embed(x), self.modulations(embedded))
 
 
@@ -180,7 +188,7 @@ class TransformerHead(nn.Module):
         target, mask = target.float().repeat(repeats, 1, 1, 1), mask.repeat(repeats, 1, 1, 1)
         timesteps = diffusion.uniform_timesteps(len(target), generator, target.device)
         noise = diffusion.gaussian_noise(tuple(target.shape), generator, target.device)
-        return denoising_error(self.net, target, condition.repeat(repeats, 1, 1), timesteps, noise, mask).mean()
+        return denoising_error(self.net, target, condition, timesteps, noise, mask).mean()
 
     def sampler(self, respacing: str | int) -> TransformerHeadSampler:
         """What draws tokens; make one for a whole image, not one for each of its steps."""

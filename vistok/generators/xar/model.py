@@ -30,7 +30,7 @@ from torch.nn import functional
 from vistok.errors import InvalidInputError
 from vistok.nn import diffusion, flow, sampling
 from vistok.nn.conditions import check_labels
-from vistok.nn.continuous import FiniteCheck, known_values
+from vistok.nn.continuous import FiniteCheck, imagenet_checkpoint, known_values
 from vistok.nn.diffusion_head import TimestepEmbedding
 from vistok.nn.flow import FlowSchedule
 from vistok.nn.masked import patchify
@@ -74,29 +74,22 @@ OFFICIAL_ONLY = OFFICIAL_NAMES.keys() | OFFICIAL_IGNORED | {"img_size", "vae_str
 
 
 def _published() -> dict[str, Published]:
-    entries = {}
-    for size, (width, layers, heads) in SIZES.items():
-        name = f"xar-{size}.imagenet256"
-        entries[name] = Published(
-            name=name,
-            system="xar",
-            config={
+    entries = [
+        imagenet_checkpoint(
+            "xar",
+            size,
+            {
                 "hidden_size": width,
                 "encoder_layers": layers,
                 "encoder_heads": heads,
                 "decoder_layers": layers,
                 "decoder_heads": heads,
-                "scaling_factor": 0.2325,
             },
             hub_id="OliverRen/xAR",
             hub_file=f"xAR-{size.upper()}.pth",
             licence="none declared",
             paper="arXiv:2502.20388",
             origin="OliverRensu/xAR",
-            image_size=256,
-            num_tokens=256,
-            preprocessing="ADM centre crop, [-1, 1]",
-            tokenizer="kl16.mar",
             sampling={
                 "guidance_scale": SAMPLING[size][1],
                 "guidance_schedule": "linear",
@@ -105,7 +98,9 @@ def _published() -> dict[str, Published]:
             },
             parameters=PARAMETERS[size],
         )
-    return entries
+        for size, (width, layers, heads) in SIZES.items()
+    ]
+    return {entry.name: entry for entry in entries}
 
 
 class XAR(VistokModel):

@@ -125,9 +125,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(size, size)
 
     def project(self, x: Tensor, rotation: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """[R, N, D] -> turned queries and keys, and values, each [R, H, N, C]; `exact` rounds as the authors' code."""
+        """[R, N, D] -> turned queries and keys, and values, each [R, H, N, C].
+
+        `exact` rounds as the authors' code in float32; in half precision nothing would be left of that.
+        """
         heads = self.num_heads
         projected = self.qkv(x).unflatten(-1, (3 * heads, -1))
+        exact = exact and projected.dtype == torch.float32
         turned = (rotate if exact else apply_rotation)(projected[:, :, : 2 * heads], rotation).transpose(1, 2)
         return turned[:, :heads], turned[:, heads:], projected[:, :, 2 * heads :].transpose(1, 2)
 

@@ -153,13 +153,25 @@ class TowerAttention:
 
 @dataclass
 class Capture:
-    """One call of the tower: its visuals, and what the stages read from it."""
+    """One call of the tower.
+
+    Attributes:
+        kind: `"image"` or `"video"`.
+        arguments: of the call, by name.
+        readings: what the stages read of it, by their number.
+        visuals: in the order of the call.
+        features: outputs of the tower layers that stages asked for, by their number.
+        attention: queries and keys kept for pruners that come later, by tower layer.
+        outputs: of these layers.
+    """
 
     kind: str
     arguments: dict[str, Any]
     readings: dict[int, list[Any]] = field(default_factory=dict)
     visuals: list[Visual] = field(default_factory=list)
     features: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, list[TowerAttention]] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from .autoencoder import Autoencoder
 from .blocks import PositionTable, ProjectionHead
+from .budget import TokenBudget
 from .decoder import FlowDecoder, RegisterEncoder, Registers
 from .flow import NormalizedGuidance, classifier_free_guidance, noise_levels, prefix_lengths
-from .model import FlexTok, Teacher, TokenBudget
+from .model import FlexTok, Teacher
 
 __all__ = [
+    "Autoencoder",
     "FlexTok",
     "FlowDecoder",
     "NormalizedGuidance",

@@ -318,6 +318,7 @@ class FlowDecoder(nn.Module):
         self.norm = Norm(size)
         self.head_modulation = nn.Linear(size, 2 * size)
         self.head = nn.Linear(size, latent_channels * patch_size**2)
+        self._schedule: tuple[Any, list[Tensor], tuple[list[Tensor], Tensor]] | None = None
 
     # ------------------------------------------------------------------------------------------------- the condition
     def embed_codes(self, codes: Tensor) -> Tensor:
@@ -366,6 +367,24 @@ class FlowDecoder(nn.Module):
         activated = functional.silu(self.time_embedding(t))
         head = self.head_modulation(activated).unflatten(1, (2, -1))
         return [block.modulations(activated) for block in self.blocks], head
+
+    def schedule(self, steps: int) -> tuple[list[Tensor], Tensor]:
+        """Modulations of every block at the T moments of a run; kept until a weight or the number of steps changes."""
+        device = self.mask_token.device
+        parts = [self.time_embedding, self.head_modulation]
+        parts += [block.modulation for block in self.blocks]
+        sources = [parameter for part in parts for parameter in part.parameters()]
+        moments = torch.tensor([(steps - step) / steps for step in range(steps)], device=device)
+        if any(one.is_inference() for one in sources):  # such weights do not tell when they change
+            return self.modulations(moments)
+        stamp: list[Any] = [(one.data_ptr(), one._version, one.dtype, one.device) for one in sources]
+        key = (steps, torch.is_autocast_enabled(device.type), stamp)
+        if self._schedule is not None and self._schedule[0] == key:
+            return self._schedule[2]
+        found = self.modulations(moments)
+        # The weights are held, so that no others can take their addresses and pass for them.
+        self._schedule = (key, [one.detach() for one in sources], found)
+        return found
 
     def embed(self, x_t: Tensor) -> Tensor:
         """Noisy latents [B, Z, h, w] as patches with positions [B, h / p, w / p, D]."""

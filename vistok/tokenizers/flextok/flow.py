@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vistok.errors import InvalidInputError
 
@@ -25,11 +26,13 @@ __all__ = [
     "next_power_of_two",
     "noise_levels",
     "prefix_lengths",
+    "representation_loss",
     "scale_at",
+    "shift_levels",
 ]
 
 NOISE_SCHEDULES = ("mode", "logit_normal", "stratified")
-PREFIX_MODES = ("uniform", "pow2", "uniform_pow2")
+PREFIX_MODES = ("uniform", "pow2", "uniform_pow2", "none")
 
 GuidanceScale: TypeAlias = float | Callable[[float], float]
 """A number, or a function of t in (0, 1]."""
@@ -58,6 +61,15 @@ def noise_levels(draws: Tensor, schedule: str = "mode", mode_scale: float = 0.25
     return 1 - draws - mode_scale * (torch.cos(math.pi / 2 * draws).square() - 1 + draws)
 
 
+def shift_levels(t: Tensor, shift: float) -> Tensor:
+    """Moments moved towards noise (s > 1) or towards the image (s < 1): s t / (1 + (s - 1) t).
+
+    Stable Diffusion 3 shifts for the resolution (arXiv 2403.03206, eq. 23); here it is because what tokens say matters
+    most while the image is mostly noise.
+    """
+    return t if shift == 1.0 else shift * t / (1 + (shift - 1) * t)
+
+
 def next_power_of_two(number: int) -> int:
     """The smallest power of two that is not less than `number`, at least 1."""
     return 1 << max(number - 1, 0).bit_length()
@@ -70,16 +82,35 @@ def prefix_lengths(count: int, longest: int, mode: str, generator: torch.Generat
         count: samples.
         longest: registers N.
         mode: `"uniform"` over 1..N; `"pow2"` over 1, 2, 4, ... up to N; `"uniform_pow2"` rounds a uniform draw up to a
-            power of two (and to N, if that is none).
+            power of two (and to N, if that is none); `"none"` keeps all, by which the tokens get no order.
         generator: source of the draws.
     """
     if mode not in PREFIX_MODES:
         raise InvalidInputError(f"nested_dropout must be one of {', '.join(PREFIX_MODES)}; got {mode!r}")
+    if mode == "none":
+        return [longest] * count
     device = "cpu" if generator is None else generator.device
     choices = [1 << power for power in range(longest.bit_length())] if mode == "pow2" else list(range(1, longest + 1))
     drawn = torch.randint(len(choices), (count,), generator=generator, device=device).tolist()
     kept = [choices[index] for index in drawn]
     return [min(next_power_of_two(length), longest) for length in kept] if mode == "uniform_pow2" else kept
+
+
+def representation_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """1 - cosine similarity of projected patches [B, rows, columns, F] with features [B, F, rows', columns'].
+
+    Raises:
+        InvalidInputError: if the teacher has other channels.
+    """
+    projected = projected.permute(0, 3, 1, 2).float()
+    if projected.shape[:2] != features.shape[:2]:
+        raise InvalidInputError(
+            f"teacher features must be [{len(projected)}, {projected.shape[1]}, rows, columns]; "
+            f"got {list(features.shape)}"
+        )
+    if projected.shape[2:] != features.shape[2:]:
+        projected = functional.interpolate(projected, features.shape[2:], mode="bilinear", antialias=False)
+    return 1 - functional.cosine_similarity(projected, features.float(), dim=1).mean()
 
 
 def scale_at(scale: GuidanceScale, t: float) -> float:
@@ -119,7 +150,7 @@ class NormalizedGuidance:
             difference = difference * (self.norm_threshold / norm).clamp(max=1.0)
         # In float64 as published (the MPS backend has none): the projection is a difference of large numbers.
         wide = torch.float32 if cond.device.type == "mps" else torch.float64
-        direction = torch.nn.functional.normalize(cond.to(wide).flatten(1), dim=1)
+        direction = functional.normalize(cond.to(wide).flatten(1), dim=1)
         flat = difference.to(wide).flatten(1)
         parallel = (flat * direction).sum(1, keepdim=True) * direction
         kept = (flat - parallel + self.eta * parallel).to(cond.dtype).view_as(cond)

@@ -7,8 +7,9 @@ An auto-encoder turns the image into latents; registers read the latents in a tr
 scalar quantisation; in training a random suffix of them is dropped, so that the first ones learn what matters most; a
 rectified-flow transformer draws latents from what is kept.
 
-Top to bottom: configuration and network; objective; image to tokens; tokens to image; pictures; the authors' files. The
-blocks, the two transformers, the flow's mathematics and the authors' names are the neighbours of this file.
+Top to bottom: configuration and network; auto-encoder; objective; image to tokens; tokens to image; pictures; the
+authors' files. What is checked, the blocks, the two transformers, the flow's mathematics and the authors' names are the
+neighbours of this file.
 
 Letters: B images, H, W pixels, Z, h, w channels and sides of the latents, N registers, k tokens, C code channels,
 T steps.
@@ -16,22 +17,18 @@ T steps.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
+from vistok.errors import InvalidInputError, InvalidOutputError
 from vistok.files import open_image
 from vistok.kernels.finite_scalar import finite_scalar, finite_scalar_codes, finite_scalar_quantize
 from vistok.nn.diffusion import gaussian_noise
@@ -39,11 +36,22 @@ from vistok.nn.flow import interpolate, velocity_target
 from vistok.nn.model import VistokModel
 from vistok.nn.sampling import Generators, uniform
 from vistok.registry import Published
+from vistok.tokenizers.pictures import postprocess_images
 from vistok.tokenizers.transforms import to_tensor
 from vistok.tokens import VisualTokens
 
 from . import official
+from .autoencoder import (
+    Autoencoder,
+    build_vae,
+    check_autoencoder,
+    tokenizer_images,
+    tokenizer_latents,
+    vae_images,
+    vae_latents,
+)
 from .blocks import ProjectionHead
+from .budget import TokenBudget, choose_lengths
 from .decoder import FlowDecoder, RegisterEncoder
 from .flow import (
     NOISE_SCHEDULES,
@@ -53,10 +61,13 @@ from .flow import (
     classifier_free_guidance,
     noise_levels,
     prefix_lengths,
+    representation_loss,
     scale_at,
+    shift_levels,
 )
+from .inputs import check_images, check_length, check_size, check_tokens, resize_and_crop
 
-__all__ = ["FlexTok", "Teacher", "TokenBudget"]
+__all__ = ["FlexTok", "Teacher"]
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 GUIDANCE = ("normalized", "classifier_free")
@@ -65,52 +76,12 @@ Teacher: TypeAlias = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] -> features [B, F, rows, columns] of a frozen network (DINOv2 in the paper)."""
 
 
-def _published(name: str, hub: str, encoder: tuple[int, int], decoder: tuple[int, int], parameters: int) -> Published:
-    return Published(
-        name=name,
-        system="flextok",
-        config={
-            "encoder_depth": encoder[0],
-            "encoder_size": encoder[1],
-            "decoder_depth": decoder[0],
-            "decoder_size": decoder[1],
-        },
-        hub_id=f"EPFL-VILAB/{hub}",
-        hub_file="model.safetensors",
-        licence="Apple Machine Learning Research Model",
-        paper="arXiv:2502.13967",
-        origin="apple/ml-flextok",
-        image_size=256,
-        num_tokens=256,
-        codebook_size=64000,
-        preprocessing="short side to 256 (bilinear), centre crop, [-1, 1]",
-        parameters=parameters,
-    )
-
-
-@dataclass(frozen=True)
-class TokenBudget:
-    """Result of `FlexTok.tokens_for`.
-
-    Attributes:
-        tokens: ids [B, longest] with a mask: the chosen prefix of each image.
-        lengths: int64 [B], tokens of each image.
-        errors: float [B], the error at that length.
-        satisfied: bool [B], whether that is within the bound (False: even all tokens were not enough).
-    """
-
-    tokens: VisualTokens
-    lengths: Tensor
-    errors: Tensor
-    satisfied: Tensor
-
-
 class FlexTok(VistokModel):
     """Tokenizer with ordered one-dimensional tokens and a flow decoder. The defaults are d12-d12 of the paper.
 
     Args:
         vae_block_out_channels: widths of the auto-encoder's levels, finest first, each after the first halving the
-            sides; None works on pixels, without an auto-encoder (then `latent_channels` must be 3).
+            sides; None builds none.
         vae_layers_per_block: residual blocks of a level.
         vae_norm_groups: groups of its normalisations.
         latent_channels: Z.
@@ -129,29 +100,26 @@ class FlexTok(VistokModel):
         encoder_positions, decoder_positions, register_positions: see `PositionTable`.
         position_scaling: `"interpolate"` stretches the tables to other image sizes than the trained one.
         register_order: how fewer registers come out of N: `"nested"` (the first ones) or `"avg_pool"`.
-        nested_dropout: lengths in training: `"uniform"`, `"pow2"` or `"uniform_pow2"`.
+        nested_dropout: lengths in training: `"uniform"`, `"pow2"`, `"uniform_pow2"`, or `"none"`, which gives tokens no
+            order.
         condition_dropout: probability of the null condition in training.
         quantization_dropout: probability of codes that are squashed but not rounded, in training.
-        noise_schedule, mode_scale: see `noise_levels`.
+        noise_schedule, mode_scale, noise_shift: see `noise_levels` and `shift_levels`.
         repa_layer: decoder block (from 0) whose output the representation loss reads; None has no such loss.
         repa_channels: channels of the teacher; None builds no head, as in the published files.
         repa_hidden_size: hidden channels of the head that maps decoder features to the teacher's.
         repa_weight: weight of the representation loss.
+        autoencoder: name of a KL tokenizer (for `vistok.load`) whose latents this FlexTok works on; its weights are no
+            part of this model. None and no `vae_block_out_channels` works on pixels (then `latent_channels` must be 3).
+        autoencoder_factor: pixels of such a latent in each direction.
+        num_inference_steps, guidance_scale, guidance: what `decode` uses where it is told nothing else.
 
     Raises:
         InvalidInputError: if the arguments do not fit each other.
     """
 
     system = "flextok"
-    published: ClassVar[dict[str, Published]] = {
-        entry.name: entry
-        for entry in (
-            _published("flextok-d12-d12.imagenet", "flextok_d12_d12_in1k", (12, 768), (12, 768), 341_258_521),
-            _published("flextok-d18-d18.imagenet", "flextok_d18_d18_in1k", (18, 1152), (18, 1152), 949_144_729),
-            _published("flextok-d18-d28.imagenet", "flextok_d18_d28_in1k", (18, 1152), (28, 1792), 2_540_129_177),
-            _published("flextok-d18-d28.dfn", "flextok_d18_d28_dfn", (18, 1152), (28, 1792), 2_540_129_177),
-        )
-    }
+    published: ClassVar[dict[str, Published]] = official.PUBLISHED
     _supports_gradient_checkpointing = True
     _keep_in_fp32_modules: ClassVar[list[str]] = ["vae"]  # its convolutions overflow in half precision
 
@@ -196,10 +164,16 @@ class FlexTok(VistokModel):
         quantization_dropout: float = 0.0,
         noise_schedule: str = "mode",
         mode_scale: float = 0.25,
+        noise_shift: float = 1.0,
         repa_layer: int | None = 1,
         repa_channels: int | None = None,
         repa_hidden_size: int = 2048,
         repa_weight: float = 1.0,
+        autoencoder: str | None = None,
+        autoencoder_factor: int = 8,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+        guidance: str = "normalized",
     ) -> None:
         super().__init__()
         for name, given, known in (
@@ -207,15 +181,23 @@ class FlexTok(VistokModel):
             ("noise_schedule", noise_schedule, NOISE_SCHEDULES),
             ("register_order", register_order, ("nested", "avg_pool")),
             ("modulation_segments", modulation_segments, (1, 2)),
+            ("guidance", guidance, GUIDANCE),
         ):
             if given not in known:
                 raise InvalidInputError(f"{name} must be one of {', '.join(map(str, known))}; got {given!r}")
+        if not noise_shift > 0:
+            raise InvalidInputError(f"noise_shift must be greater than 0; got {noise_shift}")
         if num_registers < 1:
             raise InvalidInputError(f"num_registers must be at least 1; got {num_registers}")
         if not len(levels) or min(levels) < 2:
             raise InvalidInputError(f"levels must be numbers, each at least 2; got {list(levels)}")
-        if vae_block_out_channels is None and latent_channels != 3:
+        if vae_block_out_channels is None and autoencoder is None and latent_channels != 3:
             raise InvalidInputError(f"without an auto-encoder latent_channels must be 3; got {latent_channels}")
+        if vae_block_out_channels is not None and autoencoder is not None:
+            raise InvalidInputError(
+                "give either vae_block_out_channels (an auto-encoder of its own) or autoencoder; got both, the latter "
+                f"{autoencoder!r}"
+            )
         if repa_channels is not None and (repa_layer is None or not 0 <= repa_layer < decoder_depth):
             raise InvalidInputError(
                 f"repa_layer must name one of the {decoder_depth} decoder blocks for repa_channels; got {repa_layer}"
@@ -224,7 +206,7 @@ class FlexTok(VistokModel):
         self.vae = (
             None
             if vae_block_out_channels is None
-            else _build_vae(
+            else build_vae(
                 vae_block_out_channels, vae_layers_per_block, vae_norm_groups, latent_channels, scaling_factor
             )
         )
@@ -272,8 +254,10 @@ class FlexTok(VistokModel):
         )
         if repa_channels is not None:
             self.repa_head = ProjectionHead(decoder_size, repa_hidden_size, repa_channels)
+        if self.vae is None:
+            object.__setattr__(self, "_keep_in_fp32_modules", [])  # or diffusers would warn at every cast
         self._teacher: Teacher | None = None
-        self._schedule: tuple[Any, list[Tensor], tuple[list[Tensor], Tensor]] | None = None
+        self._autoencoder: Autoencoder | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -324,11 +308,27 @@ class FlexTok(VistokModel):
         """Product of the levels."""
         return math.prod(self.levels)
 
+    def code_features(self) -> Tensor:
+        """What tells the codes apart, float [codebook size, sum of (level - 1)].
+
+        Of each channel, which of its steps a code has climbed: neighbours share all but one of these numbers.
+        """
+        ids = torch.arange(self.codebook_size)
+        columns = []
+        basis = 1
+        for level in self.levels:
+            digits = ids // basis % level
+            columns += [digits >= step for step in range(1, level)]
+            basis *= level
+        return torch.stack(columns, dim=1).float()
+
     @property
     def downsample_factor(self) -> int:
         """Pixels of a latent pixel in each direction."""
         channels = self.config.vae_block_out_channels
-        return 1 if channels is None else 2 ** (len(channels) - 1)
+        if channels is None:
+            return 1 if self.config.autoencoder is None else self.config.autoencoder_factor
+        return 2 ** (len(channels) - 1)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -336,7 +336,55 @@ class FlexTok(VistokModel):
         side = self.config.patch_size * self.downsample_factor
         return self.config.grid[0] * side, self.config.grid[1] * side
 
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels of a patch in each direction: what the sides of images must be multiples of."""
+        return self.downsample_factor * self.config.patch_size
+
+    def latent_size(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """(h, w) of the latents of an image of (H, W) pixels; None is the trained size.
+
+        Raises:
+            InvalidInputError: sides that patches do not fill.
+        """
+        height, width = check_size(self.image_size if image_size is None else image_size, self.patch_pixels)
+        return height // self.downsample_factor, width // self.downsample_factor
+
     # ----------------------------------------------------------------------------------------------- auto-encoder
+    def set_autoencoder(self, autoencoder: Autoencoder) -> None:
+        """Give the KL tokenizer whose latents this FlexTok works on; `vistok.load` does so by its name.
+
+        It is frozen, follows the model from device to device, stays in its own precision, and is not saved with it.
+
+        Raises:
+            InvalidInputError: this FlexTok has an auto-encoder of its own or works on pixels; or other latents.
+        """
+        if self.config.autoencoder is None:
+            raise InvalidInputError("this FlexTok needs no auto-encoder: build it with autoencoder= for that")
+        check_autoencoder(autoencoder, self.config.latent_channels, self.downsample_factor)
+        if isinstance(autoencoder, torch.nn.Module):
+            autoencoder.requires_grad_(False).eval()
+        object.__setattr__(self, "_autoencoder", autoencoder)  # past nn.Module, which would make it a part
+        self._move_autoencoder()
+
+    def _move_autoencoder(self) -> None:
+        if isinstance(self._autoencoder, torch.nn.Module) and self.device.type != "meta":
+            self._autoencoder.to(self.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FlexTok:
+        super()._apply(fn, recurse)
+        self._move_autoencoder()
+        return self
+
+    def _given_autoencoder(self) -> Autoencoder | None:
+        """The tokenizer whose latents this works on; None works on pixels."""
+        if self.config.autoencoder is not None and self._autoencoder is None:
+            raise InvalidInputError(
+                f"this FlexTok works on latents of {self.config.autoencoder!r}, which is no part of it: load it with "
+                "vistok.load, or give the tokenizer with set_autoencoder()"
+            )
+        return self._autoencoder
+
     def encode_latents(
         self,
         images: Tensor,
@@ -353,25 +401,24 @@ class FlexTok(VistokModel):
             generator: source of the draws.
             noise: standard normal [B, Z, h, w] to use instead of draws.
         """
-        if self.vae is None:
-            return images.float() * self.config.scaling_factor
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-            latents = posterior.mean
-            if sample_posterior:
-                if noise is None:
-                    noise = gaussian_noise(latents.shape, generator, latents.device)
-                latents = latents + posterior.std * noise.to(latents)
-        return latents.float() * self.config.scaling_factor
+        scale = self.config.scaling_factor
+        if self.vae is not None:
+            return vae_latents(self.vae, images, scale, sample=sample_posterior, generator=generator, noise=noise)
+        given = self._given_autoencoder()
+        if given is None:
+            return images.float() * scale
+        if noise is not None:
+            raise InvalidInputError("noise is for FlexTok's own auto-encoder; give a generator")
+        return tokenizer_latents(given, images, sample=sample_posterior, generator=generator)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, Z, h, w] to images [B, 3, H, W], not clamped."""
-        latents = latents.float() / self.config.scaling_factor
-        if self.vae is None:
-            return latents
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        scale = self.config.scaling_factor
+        if self.vae is not None:
+            return vae_images(self.vae, latents, scale)
+        given = self._given_autoencoder()
+        return latents.float() / scale if given is None else tokenizer_images(given, latents)
 
     # -------------------------------------------------------------------------------------------------- objective
     def set_teacher(self, teacher: Teacher | None) -> None:
@@ -406,6 +453,7 @@ class FlexTok(VistokModel):
         schedule = self.config.noise_schedule
         draw = gaussian_noise if schedule == "logit_normal" else uniform
         t = noise_levels(draw((count,), generator, device), schedule, self.config.mode_scale)
+        t = shift_levels(t, self.config.noise_shift)
         lengths = prefix_lengths(count, self.num_registers, self.config.nested_dropout, generator)
         dropped = (uniform((count,), generator, "cpu") < self.config.condition_dropout).tolist()
         unrounded = None
@@ -464,21 +512,9 @@ class FlexTok(VistokModel):
         if teacher_features is not None:
             patches = observed[self.config.repa_layer].index_select(0, torch.argsort(registers.order))
             grid = tuple(side // self.config.patch_size for side in latents.shape[2:])
-            repa = self._representation_loss(patches.unflatten(1, grid), teacher_features)
+            repa = representation_loss(self.repa_head(patches.unflatten(1, grid)), teacher_features)
             losses |= {"loss": flow + self.config.repa_weight * repa, "repa": repa.detach()}
         return losses
-
-    def _representation_loss(self, patches: Tensor, features: Tensor) -> Tensor:
-        """1 - cosine similarity of projected patches [B, rows, columns, D] with a teacher [B, F, rows', columns']."""
-        projected = self.repa_head(patches).permute(0, 3, 1, 2).float()
-        if projected.shape[:2] != features.shape[:2]:
-            raise InvalidInputError(
-                f"teacher features must be [{len(projected)}, {projected.shape[1]}, rows, columns]; "
-                f"got {list(features.shape)}"
-            )
-        if projected.shape[2:] != features.shape[2:]:
-            projected = functional.interpolate(projected, features.shape[2:], mode="bilinear", antialias=False)
-        return 1 - functional.cosine_similarity(projected, features.float(), dim=1).mean()
 
     def quantize(self, z: Tensor, unrounded: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes [B, k, C] with straight-through gradient, and ids int64 [B, k], of z [B, k, C]; always in float32."""
@@ -517,21 +553,20 @@ class FlexTok(VistokModel):
             InvalidInputError: wrong shape, size, type or range; NaN; k out of range.
             InvalidOutputError: if the encoder produces NaN.
         """
-        count = self._check_length(num_tokens)
-        self._check_images(images)
+        count = check_length(num_tokens, self.num_registers)
+        check_images(images, self.patch_pixels)
         latents = self.encode_latents(images.to(self.device), sample_posterior=sample_posterior, generator=generator)
         return self.tokenize_latents(latents, count)
 
     @torch.no_grad()
     def tokenize_latents(self, latents: Tensor, num_tokens: int | None = None) -> VisualTokens:
         """Scaled latents [B, Z, h, w] to their first k tokens."""
-        z = self.encoder(latents, self._check_length(num_tokens))
+        z = self.encoder(latents, check_length(num_tokens, self.num_registers))
         ids = finite_scalar(z.flatten(0, 1), self.levels).view(z.shape[:2])
         if ids.numel() and int(ids.min()) < 0:
             raise InvalidOutputError("the encoder produced NaN: check the model's weights")
         return VisualTokens(ids=ids)
 
-    @torch.no_grad()
     def tokens_for(
         self,
         images: Tensor,
@@ -559,35 +594,7 @@ class FlexTok(VistokModel):
         Raises:
             InvalidInputError: bad images, bound or lengths.
         """
-        if not 0 < max_error < math.inf:
-            raise InvalidInputError(f"max_error must be a positive number; got {max_error}")
-        total = self.num_registers
-        powers = {1 << power for power in range(total.bit_length())} | {total}
-        tried = sorted({self._check_length(int(length)) for length in (powers if lengths is None else lengths)})
-        if not tried:
-            raise InvalidInputError("lengths is empty: give at least one number of tokens to try")
-        images = images.to(self.device)
-        tokens = self.encode(images, tried[-1])
-        assert tokens.ids is not None
-        size = (images.shape[-2], images.shape[-1])
-        noise = self.draw_noise(len(images), size, generator)
-        measure = _pixel_error if error is None else error
-        chosen = torch.full((len(images),), tried[-1], device=self.device)
-        errors = torch.full((len(images),), math.inf, device=self.device)
-        open_ = torch.arange(len(images), device=self.device)
-        for length in tried:
-            decoded = self.decode(
-                VisualTokens(ids=tokens.ids[open_, :length]), noise=noise[open_], image_size=size, **sampling
-            )
-            found = measure(decoded, images[open_]).float()
-            errors[open_], chosen[open_] = found, length
-            open_ = open_[found > max_error]
-            if not len(open_):
-                break
-        longest = int(chosen.max())
-        mask = torch.arange(longest, device=self.device) < chosen[:, None]
-        kept = torch.where(mask, tokens.ids[:, :longest], 0)
-        return TokenBudget(VisualTokens(ids=kept, mask=mask), chosen, errors, errors <= max_error)
+        return choose_lengths(self, images, max_error, lengths=lengths, error=error, generator=generator, **sampling)
 
     # --------------------------------------------------------------------------------------------- tokens to image
     def decode(
@@ -606,8 +613,9 @@ class FlexTok(VistokModel):
             generator: source of the initial noise: one, or one an image. The noise of an image does not depend on the
                 others.
             noise: standard normal [B, Z, h, w] to use instead.
-            sampling: `num_inference_steps` (25), `guidance_scale` (7.5; a number, or a function of t; 1 is none),
-                `guidance` (`"normalized"` or `"classifier_free"`), `image_size` ((height, width) in pixels).
+            sampling: `num_inference_steps`, `guidance_scale` (a number, or a function of t; 1 is none), `guidance`
+                (`"normalized"` or `"classifier_free"`), all three by default as the configuration says (published
+                models: 25, 7.5, `"normalized"`), and `image_size` ((height, width) in pixels).
 
         Returns:
             [B, 3, H, W], about [-1, 1], not clamped.
@@ -653,7 +661,7 @@ class FlexTok(VistokModel):
         self, batch: int, image_size: int | Sequence[int] | None = None, generator: Generators = None
     ) -> Tensor:
         """Initial noise [B, Z, h, w], float32, drawn image by image."""
-        height, width = self._latent_size(image_size)
+        height, width = self.latent_size(image_size)
         shape = (1, self.config.latent_channels, height, width)
         sources = list(generator) if isinstance(generator, Sequence) else [generator] * batch
         if len(sources) != batch:
@@ -666,9 +674,9 @@ class FlexTok(VistokModel):
         *,
         generator: Generators = None,
         noise: Tensor | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: GuidanceScale = 7.5,
-        guidance: str = "normalized",
+        num_inference_steps: int | None = None,
+        guidance_scale: GuidanceScale | None = None,
+        guidance: str | None = None,
         image_size: int | Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
         """`decode` step by step: yields the latents [B, Z, h, w], float32, after each Euler step from t = 1 to 0.
@@ -679,14 +687,18 @@ class FlexTok(VistokModel):
         before the first and kept for the next call with as many steps. Conditional and unconditional samples run in one
         batch, of different lengths: all dropped registers of a sample cost one row.
         """
+        config = self.config
+        num_inference_steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance = config.guidance if guidance is None else guidance
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise InvalidInputError(f"num_inference_steps must be an integer >= 1; got {num_inference_steps!r}")
         if guidance not in GUIDANCE:
             raise InvalidInputError(f"guidance must be one of {', '.join(GUIDANCE)}; got {guidance!r}")
         if not callable(guidance_scale) and not math.isfinite(guidance_scale):
             raise InvalidInputError(f"guidance_scale must be a finite number or a function of t; got {guidance_scale}")
-        ids, lengths = self._check_tokens(tokens)
-        height, width = self._latent_size(image_size)
+        ids, lengths = check_tokens(tokens, self.num_registers, self.codebook_size, self.device)
+        height, width = self.latent_size(image_size)
         shape = (len(ids), self.config.latent_channels, height, width)
         if noise is None:
             noise = self.draw_noise(len(ids), image_size, generator)
@@ -707,7 +719,7 @@ class FlexTok(VistokModel):
         conditional = self.decoder.registers(finite_scalar_codes(ids, self.levels), lengths)
         guided = callable(guidance_scale) or guidance_scale != 1.0
         both = conditional + self.decoder.null_registers(len(ids)) if guided else conditional
-        blocks, head = self._modulations_of(steps)
+        blocks, head = self.decoder.schedule(steps)
         normalized = NormalizedGuidance() if guidance == "normalized" else None
         x = noise.to(device=self.device, dtype=torch.float32).clone()
         for step in range(steps):
@@ -722,23 +734,6 @@ class FlexTok(VistokModel):
                 velocity = (normalized or classifier_free_guidance)(cond, uncond, scale)
             x = x.sub(velocity, alpha=1 / steps)
             yield x
-
-    def _modulations_of(self, steps: int) -> tuple[list[Tensor], Tensor]:
-        """Modulations of every block at the T moments of a run; kept until a weight or the number of steps changes."""
-        parts = [self.decoder.time_embedding, self.decoder.head_modulation]
-        parts += [block.modulation for block in self.decoder.blocks]
-        sources = [parameter for part in parts for parameter in part.parameters()]
-        moments = torch.tensor([(steps - step) / steps for step in range(steps)], device=self.device)
-        if any(one.is_inference() for one in sources):  # such weights do not tell when they change
-            return self.decoder.modulations(moments)
-        stamp: list[Any] = [(one.data_ptr(), one._version, one.dtype, one.device) for one in sources]
-        key = (steps, torch.is_autocast_enabled(self.device.type), stamp)
-        if self._schedule is not None and self._schedule[0] == key:
-            return self._schedule[2]
-        found = self.decoder.modulations(moments)
-        # The weights are held, so that no others can take their addresses and pass for them.
-        self._schedule = (key, [one.detach() for one in sources], found)
-        return found
 
     # --------------------------------------------------------------------------------------------------- pictures
     def preprocess(
@@ -772,93 +767,7 @@ class FlexTok(VistokModel):
         Raises:
             InvalidOutputError: if there are NaNs.
         """
-        images = images.detach()
-        if not bool(torch.isfinite(images).all()):
-            raise InvalidOutputError("the decoded images contain NaN or infinite pixels: check the model's weights")
-        scaled = (images.float() * 0.5 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return scaled
-        if output_type == "np":
-            return scaled.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type not in ("pil", "uint8"):
-            raise InvalidInputError(f"output_type must be 'pil', 'np', 'pt' or 'uint8'; got {output_type!r}")
-        pixels = (scaled * 255).to(torch.uint8).permute(0, 2, 3, 1)
-        return pixels if output_type == "uint8" else [Image.fromarray(one) for one in pixels.cpu().numpy()]
-
-    # -------------------------------------------------------------------------------------------- what is accepted
-    def _check_length(self, num_tokens: int | None) -> int:
-        if num_tokens is None:
-            return self.num_registers
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or not 1 <= num_tokens <= self.num_registers:
-            raise InvalidInputError(f"num_tokens must be an integer in 1..{self.num_registers}; got {num_tokens!r}")
-        return num_tokens
-
-    def _check_tokens(
-        self, tokens: VisualTokens | Sequence[Tensor] | Sequence[Sequence[int]]
-    ) -> tuple[Tensor, list[int]]:
-        """ids int64 [B, longest] on the model's device (0 where there is none), and the length of each sequence."""
-        if isinstance(tokens, VisualTokens):
-            if tokens.ids is None or tokens.grid is not None:
-                raise InvalidInputError(
-                    "FlexTok decodes ordered ids without a grid; were these made by FlexTok.encode?"
-                )
-            ids, lengths = tokens.ids, [tokens.num_tokens] * len(tokens)
-            if tokens.mask is not None:
-                mask = tokens.mask.cpu()
-                if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-                    raise InvalidInputError("the mask of tokens must be True at a prefix of each sequence")
-                lengths = mask.sum(1).tolist()
-                ids = torch.where(tokens.mask, ids, 0)
-        else:
-            rows = [torch.as_tensor(row).flatten().to(self.device) for row in tokens]
-            wrong = [row.dtype for row in rows if len(row) and (row.is_floating_point() or row.dtype == torch.bool)]
-            if wrong:
-                raise InvalidInputError(f"token ids must be integers; got {wrong[0]}")
-            lengths = [len(row) for row in rows]
-            ids = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int64, device=self.device)
-            for index, row in enumerate(rows):
-                ids[index, : len(row)] = row
-        if not lengths:
-            raise InvalidInputError("no tokens were given; expected at least one sequence")
-        if min(lengths) < 1 or max(lengths) > self.num_registers:
-            raise InvalidInputError(
-                f"a sequence must have 1..{self.num_registers} tokens; got lengths {min(lengths)}..{max(lengths)}"
-            )
-        ids = ids[:, : max(lengths)].to(self.device)
-        low, high = (int(value) for value in torch.aminmax(ids))
-        if low < 0 or high >= self.codebook_size:
-            raise InvalidInputError(
-                f"ids must lie in 0..{self.codebook_size - 1}; got {low}..{high}: do these tokens come from another "
-                "tokenizer?"
-            )
-        return ids, lengths
-
-    def _latent_size(self, image_size: int | Sequence[int] | None) -> tuple[int, int]:
-        given = self.image_size if image_size is None else image_size
-        height, width = (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
-        factor = self.downsample_factor * self.config.patch_size
-        if min(height, width) < factor or height % factor or width % factor:
-            raise InvalidInputError(f"image_size must be multiples of {factor}; got {height}x{width}")
-        return height // self.downsample_factor, width // self.downsample_factor
-
-    def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InvalidInputError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
-        if not images.is_floating_point():
-            raise InvalidInputError(f"images must be floating point in [-1, 1]; got {images.dtype}: use preprocess()")
-        factor = self.downsample_factor * self.config.patch_size
-        height, width = images.shape[-2:]
-        if not height or not width or height % factor or width % factor:
-            raise InvalidInputError(
-                f"height and width must be multiples of {factor}, the side of a patch; got {height}x{width}: "
-                "use preprocess(), which resizes and crops"
-            )
-        if images.numel():
-            low, high = (float(value) for value in torch.aminmax(images))
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise InvalidInputError("images contain NaN or infinite pixels")
-            if max(-low, high) > 16.0:
-                raise InvalidInputError(f"images must lie in [-1, 1]; got {low:.4g}..{high:.4g}: use preprocess()")
+        return postprocess_images(images, output_type, _truncated)
 
     # ------------------------------------------------------------------------------------------- the authors' files
     @classmethod
@@ -880,23 +789,7 @@ class FlexTok(VistokModel):
             CheckpointError: keys that do not fit, or no configuration anywhere.
             InvalidInputError: a configuration that names unknown modules.
         """
-        own: Mapping[str, Any] | None = None
-        if not isinstance(source, Mapping):
-            path = Path(source)
-            path = path / "model.safetensors" if path.is_dir() else path
-            source, own = path, _own_config(path)
-        if isinstance(config, (str, os.PathLike)) and str(config).endswith(".json"):
-            config = _read_json(Path(config))
-        if isinstance(config, str) and config in cls.published and own is not None:
-            config = {**cls.published[config].config, **cls.config_from_official(own)}
-        elif config is None:
-            if own is None:
-                raise CheckpointError(
-                    f"{source if isinstance(source, Path) else 'the state dict'} holds no configuration: give the name "
-                    f"of a published checkpoint ({', '.join(cls.published)}) or a config.json"
-                )
-            config = own
-        assert isinstance(config, (str, Mapping))
+        source, config = official.find_config(source, config)
         return super().from_official(source, config)
 
     @classmethod
@@ -925,71 +818,6 @@ class FlexTok(VistokModel):
         return None
 
 
-def _build_vae(
-    block_out_channels: Sequence[int], layers: int, groups: int, latent_channels: int, scaling_factor: float
-) -> AutoencoderKL:
-    """The frozen auto-encoder, as diffusers has it."""
-    levels = len(block_out_channels)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(block_out_channels),
-        layers_per_block=layers,
-        norm_num_groups=groups,
-        latent_channels=latent_channels,
-        sample_size=1024,
-        scaling_factor=scaling_factor,
-    )
-    return vae.requires_grad_(False).eval()
-
-
-def _pixel_error(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error [B] of pixels in [0, 1]."""
-    return ((reconstructions.clamp(-1, 1) - images).float() / 2).square().flatten(1).mean(1)
-
-
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` pixels (bilinear, antialiased), then the centre square."""
-    if size < 1:
-        raise InvalidInputError(f"size must be at least 1 pixel; got {size}")
-    width, height = image.size
-    if width <= height:
-        target = (size, int(size * height / width))
-    else:
-        target = (int(size * width / height), size)
-    if target != image.size:
-        image = image.resize(target, Image.Resampling.BILINEAR)
-    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _own_config(path: Path) -> Mapping[str, Any] | None:
-    """The authors' configuration in the header of a file, or in a `config.json` beside it; None if there is neither."""
-    own: Mapping[str, Any] | None = None
-    if path.suffix == ".safetensors" and path.is_file():
-        own = official.parse_metadata(_safetensors_metadata(path))
-    beside = path.with_name("config.json")
-    if own is None and beside.is_file():
-        content = _read_json(beside)
-        own = content if official.is_official(content) else None
-    return own
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is no readable configuration ({error})") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} must hold a dictionary; it holds a {type(content).__name__}")
-    return content
-
-
-def _safetensors_metadata(path: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error})") from error
+def _truncated(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 [B, H, W, 3], rounded down as published."""
+    return ((images.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from vistok.errors import CheckpointError, InvalidInputError
+from vistok.registry import Published
 
 from .blocks import merge_block_keys, split_block_keys
 
@@ -74,6 +77,66 @@ def parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
                 raise CheckpointError(f"the file's metadata entry {name!r} is no literal ({error})") from error
     return found or None
+
+
+def find_config(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    config: str | os.PathLike[str] | Mapping[str, Any] | None,
+) -> tuple[Path | Mapping[str, Any], str | Mapping[str, Any]]:
+    """File and configuration of a published tokenizer, from what `FlexTok.from_official` was given.
+
+    Raises:
+        CheckpointError: no configuration anywhere.
+    """
+    own: Mapping[str, Any] | None = None
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        path = path / "model.safetensors" if path.is_dir() else path
+        source, own = path, own_config(path)
+    if isinstance(config, (str, os.PathLike)) and str(config).endswith(".json"):
+        config = read_json(Path(config))
+    if isinstance(config, str) and config in PUBLISHED and own is not None:
+        return source, {**PUBLISHED[config].config, **config_from_official(own)}
+    if config is None:
+        if own is None:
+            raise CheckpointError(
+                f"{source if isinstance(source, Path) else 'the state dict'} holds no configuration: give the name "
+                f"of a published checkpoint ({', '.join(PUBLISHED)}) or a config.json"
+            )
+        config = own
+    return source, config if isinstance(config, Mapping) else str(config)
+
+
+def own_config(path: Path) -> Mapping[str, Any] | None:
+    """The authors' configuration in the header of a file, or in a `config.json` beside it; None if there is neither."""
+    own: Mapping[str, Any] | None = None
+    if path.suffix == ".safetensors" and path.is_file():
+        own = parse_metadata(_safetensors_metadata(path))
+    beside = path.with_name("config.json")
+    if own is None and beside.is_file():
+        content = read_json(beside)
+        own = content if is_official(content) else None
+    return own
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is no readable configuration ({error})") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} must hold a dictionary; it holds a {type(content).__name__}")
+    return content
+
+
+def _safetensors_metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error})") from error
 
 
 def _class_of(node: Mapping[str, Any]) -> str:
@@ -331,3 +394,38 @@ def to_official_keys(state: Mapping[str, Tensor], gated: bool = True) -> dict[st
                 break
         official[key] = value
     return official
+
+
+# ---------------------------------------------------------------------------------------------- published checkpoints
+def _published(name: str, hub: str, encoder: tuple[int, int], decoder: tuple[int, int], parameters: int) -> Published:
+    return Published(
+        name=name,
+        system="flextok",
+        config={
+            "encoder_depth": encoder[0],
+            "encoder_size": encoder[1],
+            "decoder_depth": decoder[0],
+            "decoder_size": decoder[1],
+        },
+        hub_id=f"EPFL-VILAB/{hub}",
+        hub_file="model.safetensors",
+        licence="Apple Machine Learning Research Model",
+        paper="arXiv:2502.13967",
+        origin="apple/ml-flextok",
+        image_size=256,
+        num_tokens=256,
+        codebook_size=64000,
+        preprocessing="short side to 256 (bilinear), centre crop, [-1, 1]",
+        parameters=parameters,
+    )
+
+
+PUBLISHED: dict[str, Published] = {
+    entry.name: entry
+    for entry in (
+        _published("flextok-d12-d12.imagenet", "flextok_d12_d12_in1k", (12, 768), (12, 768), 341_258_521),
+        _published("flextok-d18-d18.imagenet", "flextok_d18_d18_in1k", (18, 1152), (18, 1152), 949_144_729),
+        _published("flextok-d18-d28.imagenet", "flextok_d18_d28_in1k", (18, 1152), (28, 1792), 2_540_129_177),
+        _published("flextok-d18-d28.dfn", "flextok_d18_d28_dfn", (18, 1152), (28, 1792), 2_540_129_177),
+    )
+}

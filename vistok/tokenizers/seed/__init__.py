@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .denoiser import UnCLIPDenoiser
 from .language import ImageLanguageModel, ImageVocabulary, SequenceBuilder, extend_language_model
 from .model import SEED
 from .qformer import QFormer
@@ -19,6 +20,7 @@ __all__ = [
     "SEEDStage",
     "SequenceBuilder",
     "UnCLIPDecoder",
+    "UnCLIPDenoiser",
     "UnCLIPStep",
     "extend_language_model",
     "interpolate_positions",

@@ -9,14 +9,16 @@ Shape letters: B prompts, T ids of a prompt, n codes of a picture, V words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from vistok.errors import InvalidInputError, require
+from vistok.errors import CheckpointError, InvalidInputError, require
 from vistok.tokens import VisualTokens
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 BEGIN, END = "<img>", "</img>"
+CODE_WORD = re.compile(r"<img_\d{5}>")
 IGNORED = -100
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -263,6 +266,56 @@ class ImageLanguageModel:
     def __init__(self, model: Any, tokenizer: Any, vocabulary: ImageVocabulary) -> None:
         self.model, self.tokenizer, self.vocabulary = model, tokenizer, vocabulary
 
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> ImageLanguageModel:
+        """Load what `save_pretrained` wrote, or a published SEED-LLaMA.
+
+        Args:
+            source: folder or Hub id.
+            options: of `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            CheckpointError: the files cannot be read, or do not fit the model.
+            InvalidInputError: the tokenizer knows no image words.
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name = os.fspath(source)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CheckpointError(f"no language model could be loaded from {name!r}: {reason}") from error
+        if report["missing_keys"]:  # transformers would go on with random weights
+            raise CheckpointError(f"{name!r} lacks weights: {', '.join(sorted(report['missing_keys'])[:6])}")
+        codes = sum(CODE_WORD.fullmatch(word) is not None for word in tokenizer.get_vocab())
+        if not codes:
+            raise InvalidInputError(f"the tokenizer of {name!r} knows no image words: use extend_language_model")
+        number = int(getattr(model.config, "num_image_codes", 32))
+        return extend_language_model(model.eval(), tokenizer, codebook_size=codes, num_codes=number)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write model and tokenizer as transformers files, which its Auto classes take, too."""
+        self.model.config.num_image_codes = self.vocabulary.num_codes
+        self.model.save_pretrained(os.fspath(folder))
+        self.tokenizer.save_pretrained(os.fspath(folder))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the model."""
+        return self.model.parameters()
+
+    def to(self, *arguments: Any, **options: Any) -> ImageLanguageModel:
+        """Move or cast the model, as torch's `Module.to`."""
+        self.model.to(*arguments, **options)
+        return self
+
+    def eval(self) -> ImageLanguageModel:
+        """Put the model into eval mode."""
+        self.model.eval()
+        return self
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text, without marks."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -309,6 +362,7 @@ class ImageLanguageModel:
         max_new_tokens: int = 512,
         temperature: float = 1.0,
         top_p: float = 0.5,
+        seed: int | None = None,
         **settings: Any,
     ) -> list[list[str | VisualTokens]]:
         """Answers of text and pictures.
@@ -320,6 +374,7 @@ class ImageLanguageModel:
             max_new_tokens: most new ids (a picture has n + 2).
             temperature: 0 takes the most likely word.
             top_p: keep the smallest set of words with this probability.
+            seed: of the draws; None draws from torch's default generator.
             settings: further arguments of transformers' `generate` (`num_beams`, ...).
 
         Returns:
@@ -353,15 +408,19 @@ class ImageLanguageModel:
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": top_p}
-        made = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=seen.to(device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=self.tokenizer.eos_token_id,
-            logits_processor=[_WholePictures(self.vocabulary, allow_images)],
-            **{**sampling, **settings},
-        )
+        # transformers draws from the default generators: they are seeded for this call, and put back after it.
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            made = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=seen.to(device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=self.tokenizer.eos_token_id,
+                logits_processor=[_WholePictures(self.vocabulary, allow_images)],
+                **{**sampling, **settings},
+            )
         start = length - 1 if force_image else length  # the forced <img> belongs to the answer
         return [self._answer(row.tolist()) for row in made[:, start:]]
 

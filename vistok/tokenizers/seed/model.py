@@ -8,8 +8,9 @@ Papers: "Planting a SEED of Vision in Large Language Model", arXiv 2307.08041 (S
 embeddings), and "Making LLaMA SEE and Draw with SEED Tokenizer", arXiv 2310.01218 (SEED-2).
 Origin of the weights: AILab-CVC/SEED (Apache-2.0); the vision transformer is EVA-CLIP's ViT-g as BLIP-2 uses it.
 
-Top to bottom: configuration and network; pictures to codes and back; the two training objectives; the authors' files.
-The networks, the stages' hyper-parameters, the unCLIP decoder and the language side are the neighbours of this file.
+Top to bottom: configuration and network; pictures to codes and back; the authors' files. The training objectives are
+those of the parent class. They, the networks, the stages' hyper-parameters, the unCLIP decoder and the language side
+are the neighbours of this file.
 
 Shape letters: B pictures, S patches and class token, n queries (and codes of a picture), D width of the Q-Former,
 C channels of a code, K codes, E image embedding.
@@ -33,7 +34,6 @@ from torch.nn import functional
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
 from vistok.files import open_image, read_state_dict
 from vistok.kernels.nearest_code import nearest_code
-from vistok.nn.model import VistokModel
 from vistok.nn.vit import ViTBlock
 from vistok.registry import Published
 from vistok.tokenizers.pictures import check_pixels, postprocess_images
@@ -41,7 +41,8 @@ from vistok.tokenizers.transforms import to_tensor, to_uint8
 from vistok.tokens import VisualTokens
 
 from .names import QFORMERS, TEXT_HEAD_NAMES, seed_from_official, seed_to_official
-from .qformer import QFormer
+from .objectives import SEEDObjectives
+from .qformer import KeysValues, QFormer
 from .vision import VisionTransformer, interpolate_positions
 
 __all__ = ["SEED"]
@@ -51,7 +52,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_FILE = "eva_vit_g.pth"
 VISION_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 MLP_HEAD = (256, 128, 32)
-LABEL_SMOOTHING = 0.1
+MAX_ASPECT = 100  # a narrower picture would be enlarged to gigabytes before it is cropped
 
 
 def _published() -> dict[str, Published]:
@@ -75,7 +76,7 @@ def _published() -> dict[str, Published]:
     }
 
 
-class SEED(VistokModel):
+class SEED(SEEDObjectives):
     """Causal, semantic image tokenizer. The defaults are SEED-2 as published.
 
     Args:
@@ -101,6 +102,9 @@ class SEED(VistokModel):
         text_vocab_size: words of the text branch of the first training stage; None builds none.
         max_text_length: longest text.
         contrastive_size: width of the contrastive space.
+        caption_weight: weight of BLIP-2's caption loss in the first stage; SEED, which starts from BLIP-2, has 0.
+        revive_dead_codes: in the second stage, move codes that are not used onto pictures; SEED does not.
+        unclip: name of the `UnCLIPDenoiser` that paints its embeddings, which `vistok.load` loads when it is needed.
 
     Raises:
         InvalidInputError: if the arguments do not fit each other.
@@ -139,12 +143,17 @@ class SEED(VistokModel):
         text_vocab_size: int | None = None,
         max_text_length: int = 512,
         contrastive_size: int = 256,
+        caption_weight: float = 0.0,
+        revive_dead_codes: bool = False,
+        unclip: str | None = None,
     ) -> None:
         super().__init__()
         if head not in ("mlp", "qformer", "text", None):
             raise InvalidInputError(f"head must be 'mlp', 'qformer', 'text' or None; got {head!r}")
-        if image_size % patch_size:
-            raise InvalidInputError(f"image_size must be a multiple of patch_size ({patch_size}); got {image_size}")
+        if patch_size < 1 or image_size < patch_size or image_size % patch_size:
+            raise InvalidInputError(
+                f"image_size must be a multiple of patch_size ({patch_size}) and hold one patch; got {image_size}"
+            )
         self.vision = VisionTransformer(
             image_size, patch_size, vision_size, vision_layers, vision_heads, vision_mlp_size
         )
@@ -160,6 +169,7 @@ class SEED(VistokModel):
             dropout=dropout,
             text_vocab_size=text_vocab_size,
             max_positions=max_text_length,
+            language_head=caption_weight > 0,
         )
         if text_vocab_size is not None:
             self.vision_proj = nn.Linear(hidden_size, contrastive_size)
@@ -198,6 +208,9 @@ class SEED(VistokModel):
                     dropout=dropout,
                 )
                 self.embedding_proj = nn.Linear(hidden_size, embedding_size)
+        revives = revive_dead_codes and head is not None
+        self.register_buffer("codes_seen", torch.zeros(codebook_size, dtype=torch.bool) if revives else None)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64) if revives else None)
         self.decoder: Callable[..., Tensor] | None = None
         self._table: tuple[list[tuple[Any, ...]], Tensor, list[Tensor]] | None = None
 
@@ -257,10 +270,13 @@ class SEED(VistokModel):
             features.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
         ).to(norm.weight.dtype)
 
-    def causal_embeddings(self, pixels: Tensor) -> Tensor:
-        """CLIP-normalised pictures to what the queries saw, [B, n, D]."""
-        features = self.vision_features(pixels)
-        return self.qformer(self.query_tokens, encoder_states=features, causal=self.config.causal)
+    def causal_embeddings(self, pixels: Tensor, *, cache: list[KeysValues] | None = None) -> Tensor:
+        """CLIP-normalised pictures to what the queries saw, [B, n, D]; `cache` collects their keys and values."""
+        return self.queried(self.vision_features(pixels), cache=cache)
+
+    def queried(self, features: Tensor, *, cache: list[KeysValues] | None = None) -> Tensor:
+        """Features of pictures [B, S, vision_size] to what the queries saw in them, [B, n, D]."""
+        return self.qformer(self.query_tokens, encoder_states=features, causal=self.config.causal, cache=cache)
 
     def project(self, embeddings: Tensor) -> Tensor:
         """[B, n, D] to the space of the codes [B, n, C], in float32: half precision flips close calls."""
@@ -322,6 +338,10 @@ class SEED(VistokModel):
             InvalidInputError: other shapes, or ids outside the codebook.
         """
         self._require_codebook()
+        self._check_ids(ids)
+        return self._head(functional.embedding(ids.to(self.device), self._decode_table()))
+
+    def _check_ids(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.shape[1] != self.num_tokens or ids.dtype != torch.int64:
             raise InvalidInputError(
                 f"expected int64 ids [B, {self.num_tokens}]; got {ids.dtype} {list(ids.shape)}: a picture has exactly "
@@ -331,7 +351,6 @@ class SEED(VistokModel):
             raise InvalidInputError(
                 f"ids must lie in 0..{self.codebook_size - 1}; got {int(ids.min())}..{int(ids.max())}"
             )
-        return self._head(functional.embedding(ids.to(self.device), self._decode_table()))
 
     def _decode_table(self) -> Tensor:
         """`decode_task_layer` of every code [K, D]: it depends on the code alone. Kept until a weight changes."""
@@ -400,6 +419,7 @@ class SEED(VistokModel):
     def preprocess(
         self,
         images: Image.Image | str | os.PathLike[str] | Sequence[Image.Image | str | os.PathLike[str]],
+        size: int | None = None,
         *,
         mode: str = "bilinear",
     ) -> Tensor:
@@ -407,12 +427,15 @@ class SEED(VistokModel):
 
         Args:
             images: a picture, a path, or several.
+            size: `image_size` or None: the tokenizer takes no other.
             mode: "bilinear" (squashed; what SEED-LLaMA was used with), "bicubic" (squashed; the tokenizer's training),
                 or "crop" (shorter side, bilinear, and centre crop).
 
         Raises:
-            InvalidInputError: unknown mode, no pictures, or a picture that cannot be read.
+            InvalidInputError: unknown mode, another size, no pictures, or a picture that cannot be read.
         """
+        if size not in (None, self.config.image_size):
+            raise InvalidInputError(f"this SEED takes pictures of {self.config.image_size} pixels a side; got {size}")
         if mode not in ("bilinear", "bicubic", "crop"):
             raise InvalidInputError(f"mode must be 'bilinear', 'bicubic' or 'crop'; got {mode!r}")
         several = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
@@ -424,6 +447,11 @@ class SEED(VistokModel):
             image = open_image(source)
             if mode == "crop":
                 short, long = sorted(image.size)
+                if long > MAX_ASPECT * short:
+                    raise InvalidInputError(
+                        f"a picture of {image.width}x{image.height} pixels is too narrow for mode 'crop'; cut it, or "
+                        "squash it with mode 'bilinear'"
+                    )
                 longer = int(side * long / short)
                 scaled = (side, longer) if image.width <= image.height else (longer, side)
                 image = image.resize(scaled, Image.Resampling.BILINEAR)
@@ -443,112 +471,6 @@ class SEED(VistokModel):
             output_type: "pil", "uint8" ([B, H, W, 3]), "np" (float [B, H, W, 3] in [0, 1]) or "pt" ([B, 3, H, W]).
         """
         return postprocess_images(images, output_type, to_uint8)
-
-    # ---- objectives
-
-    def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """The objective of the stage that the batch is for.
-
-        Args:
-            batch: `images` [B, 3, H, W] in [-1, 1], and
-                for the contrastive stage `input_ids` int64 [B, T] (first position: the summary) and `attention_mask`;
-                for the codebook stage `image_embeds` [B, E] of a CLIP teacher (or 77 text features for SEED-1).
-            generator: accepted for symmetry; dropout draws from torch's default.
-
-        Returns:
-            `loss` and its parts.
-
-        Raises:
-            InvalidInputError: if the batch fits neither stage.
-        """
-        images = batch["images"]
-        self._check_images(images)
-        if "input_ids" in batch:
-            return self.contrastive_loss(self.normalize(images), batch["input_ids"], batch.get("attention_mask"))
-        if "image_embeds" not in batch:
-            raise InvalidInputError(
-                "the batch needs input_ids (contrastive stage) or image_embeds of a CLIP teacher (codebook stage); "
-                f"it has {', '.join(batch)}"
-            )
-        return self.codebook_loss(self.normalize(images), batch["image_embeds"])
-
-    def contrastive_features(
-        self, pixels: Tensor, text_ids: Tensor, text_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Unit vectors of all queries [B, n, contrastive_size] and of the texts [B, contrastive_size]."""
-        if self.config.text_vocab_size is None:
-            raise InvalidInputError("this SEED has no text branch; build it with text_vocab_size (BERT's has 30523)")
-        images = functional.normalize(self.vision_proj(self.causal_embeddings(pixels)), dim=-1)
-        texts = self.qformer(text_ids=text_ids, text_mask=text_mask)[:, 0]
-        return images, functional.normalize(self.text_proj(texts), dim=-1)
-
-    def contrastive_loss(self, pixels: Tensor, text_ids: Tensor, text_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """First stage: pictures (by their last query, which saw all others) and captions find each other.
-
-        Features of other processes join as negatives, without gradient.
-        """
-        queries, texts = self.contrastive_features(pixels, text_ids, text_mask)
-        images = queries[:, -1]
-        every_image, first = _gathered(images)
-        every_text, _ = _gathered(texts)
-        targets = torch.arange(len(images), device=images.device) + first
-        losses = [
-            functional.cross_entropy(one @ other.t() / self.temperature, targets, label_smoothing=LABEL_SMOOTHING)
-            for one, other in ((images, every_text), (texts, every_image))
-        ]
-        loss = (losses[0] + losses[1]) / 2
-        found = (images.detach() @ every_text.t()).argmax(1) == targets
-        return {"loss": loss, "accuracy": found.float().mean()}
-
-    def quantize(self, z: Tensor, *, legacy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest codes with gradients passed straight through.
-
-        Args:
-            z: [B, n, C].
-            legacy: the published way: weight 1 on what pulls the encoder, `codebook_weight` on what pulls the codes.
-                False is the other way round, as in VQ-VAE.
-
-        Returns:
-            Codes [B, n, C], loss, ids int64 [B, n].
-        """
-        ids = self.nearest(z)
-        # Features that are not finite have no nearest code (-1); code 0 keeps the loss NaN instead of failing here.
-        chosen = functional.embedding(ids.clamp_min(0), self.codebook).to(z.dtype)
-        small = self.config.codebook_weight
-        pull_encoder, pull_codes = (1.0, small) if legacy else (small, 1.0)
-        loss = pull_encoder * functional.mse_loss(z, chosen.detach())
-        loss = loss + pull_codes * functional.mse_loss(chosen, z.detach())
-        return z + (chosen - z).detach(), loss, ids
-
-    def codebook_loss(self, pixels: Tensor, image_embeds: Tensor) -> dict[str, Tensor]:
-        """Second stage: codes rebuild the causal embeddings, and lead to the teacher's image embedding."""
-        self._require_codebook()
-        if not self.config.reconstruction:
-            raise InvalidInputError("training needs reconstruction=True")
-        training = self.qformer.training
-        self.qformer.eval()  # frozen in this stage: dropout would only blur the target
-        with torch.no_grad():
-            target = self.causal_embeddings(pixels)
-        self.qformer.train(training)
-        quantized, embed, ids = self.quantize(self.project(target))
-        states = self.decode_task_layer(quantized.to(target.dtype))
-        rebuilt = states + self.reconstruction_position
-        for block in self.reconstruction_blocks:
-            rebuilt = block(rebuilt)
-        likeness = functional.cosine_similarity(rebuilt.float(), target.float(), dim=-1)
-        answer = self._head(states)
-        if answer.shape != image_embeds.shape:
-            raise InvalidInputError(f"image_embeds must be {list(answer.shape)}; got {list(image_embeds.shape)}")
-        parts = {
-            "codebook": 5.0 * embed,
-            "reconstruction": 2.0 * (1 - likeness.mean()),
-            "embedding": 0.5 * functional.mse_loss(answer.float(), image_embeds.float()),
-        }
-        counts = torch.bincount(ids.clamp_min(0).flatten(), minlength=self.codebook_size).float()
-        shares = counts / counts.sum()
-        entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
-        reports = {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
-        return {"loss": sum(parts.values(), torch.zeros((), device=answer.device)), **parts, **reports}
 
     # ---- the authors' files
 
@@ -664,17 +586,6 @@ def _task_layer(size: int, hidden: int, out: int) -> nn.Sequential:
 
 def _blocks(number: int, size: int, heads: int) -> nn.ModuleList:
     return nn.ModuleList(ViTBlock(size, heads, 4 * size, norm_eps=1e-6) for _ in range(number))
-
-
-def _gathered(features: Tensor) -> tuple[Tensor, int]:
-    """Features of all processes, own ones with gradient, and the position of the first own one."""
-    import torch.distributed as distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return features, 0
-    parts = [torch.empty_like(features) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, features.detach().contiguous())
-    return torch.cat(parts), distributed.get_rank() * len(features)
 
 
 def _relevant(state: Mapping[str, Any], model: SEED) -> dict[str, Tensor]:

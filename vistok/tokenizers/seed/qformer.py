@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vistok.errors import InvalidInputError
+from vistok.nn.attention import attention
 
 __all__ = ["KeysValues", "QFormer"]
 
@@ -51,9 +52,8 @@ class _Layer(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
-        )
+        dropout = self.dropout if self.training else 0.0
+        attended = attention(query, key, value, mask, dropout_p=dropout, is_causal=is_causal)
         return attended.transpose(1, 2).flatten(2)
 
     def self_attention(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vistok.attach import Handle
 from vistok.errors import CheckpointError, InvalidInputError
-from vistok.files import read_state_dict
+from vistok.files import read_state_dict, save_tensors
 from vistok.nn.model import describe_mismatch
 
 if TYPE_CHECKING:
@@ -498,14 +498,60 @@ def empty_llava(
             "feature_dim": tower.hidden_size,
         }
         packer = TokenPacker(**{**arguments, **projector})
-        model.model.multi_modal_projector = packer
-    config.vision_feature_layer = list(packer.config.feature_levels)
-    config.image_seq_length = packer.num_tokens()
-    tower_parts = model.model.vision_tower
-    blocks = getattr(tower_parts, "vision_model", tower_parts).encoder.layers
-    for block in blocks[max(packer.config.feature_levels) :]:
-        block.forward = _pass_through
+    install(packer, model)
     return model
+
+
+def install(packer: TokenPacker, model: Any) -> None:
+    """Make `packer` the projector of a LLaVA for good; blocks of the tower behind its last level are skipped."""
+    model.model.multi_modal_projector = packer
+    model.config.vision_feature_layer = list(packer.config.feature_levels)
+    model.config.image_seq_length = packer.num_tokens()
+    tower = model.model.vision_tower
+    for block in getattr(tower, "vision_model", tower).encoder.layers[max(packer.config.feature_levels) :]:
+        block.forward = _pass_through
+
+
+# ---------------------------------------------------------------------------------------------------------- our folders
+PROJECTOR_FOLDER = "projector"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_llava(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a LLaVA whose projector is a TokenPacker: its configuration, `projector/config.json` and all weights."""
+    folder = Path(folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    model.model.multi_modal_projector.save_config(folder / PROJECTOR_FOLDER)
+    save_tensors(folder / WEIGHTS_FILE, model.state_dict(), metadata={"format": "pt"})
+
+
+def load_llava(folder: str | os.PathLike[str]) -> Any:
+    """Read what `save_llava` wrote, strictly, in the floating point type of the file.
+
+    Raises:
+        CheckpointError: a file is missing, or the weights do not fit.
+    """
+    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from .model import TokenPacker
+
+    folder = Path(folder)
+    state = read_state_dict(folder / WEIGHTS_FILE)
+    try:
+        config = LlavaConfig.from_pretrained(folder)
+        arguments = json.loads((folder / PROJECTOR_FOLDER / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no LLaVA with a TokenPacker ({error})") from error
+    model = LlavaForConditionalGeneration(config)
+    install(TokenPacker(**{key: value for key, value in arguments.items() if not key.startswith("_")}), model)
+    problems = describe_mismatch(model.state_dict(), state)
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit a LLaVA with a TokenPacker: " + "; ".join(problems))
+    model.load_state_dict(state, strict=True)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(next(iter(state.values())).dtype).eval()
 
 
 def llava_from_official(

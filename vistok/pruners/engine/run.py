@@ -1,16 +1,4 @@
-"""The run of a pruner inside a stock transformers model: forward hooks, and a listener to its image features.
-
-One forward pass goes like this:
-
-1. The call that makes image features is listened to: which images, how their tokens lie, and one attention map of the
-   tower reduced to scores as soon as its layer runs.
-2. Before the language model, stages of the places `tower` and `embeddings` shorten embeddings, positions and mask.
-3. Before a pruning layer, its stage shortens the hidden states. Every later layer receives rotary tables, mask and
-   position ids of its own length; caches shrink because the layers see fewer tokens.
-4. While decoding, each group of layers between two stages (a *level*) gets the mask of its own cache length, and, where
-   positions were closed up, its own rotary position.
-
-What was removed lives with the cache (`Record`), so a second turn, a copied prefix and assisted decoding go on from it.
+"""The run itself: hooks on a stock transformers model.
 
 Shape letters: B batch, S tokens now, q new tokens of this call, n cached columns of a level, D width.
 """
@@ -20,8 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-import weakref
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,63 +16,28 @@ from torch import Tensor, nn
 
 from vistok.attach import Handle
 from vistok.errors import InvalidInputError, InvalidOutputError
-from vistok.kernels.attention_rows import attention_received
 from vistok.pruners.cost import DecoderShape
+from vistok.pruners.engine.flow import Flow, gather_rows
+from vistok.pruners.engine.rows import AttentionRows
+from vistok.pruners.engine.visuals import VisualFinder
 from vistok.pruners.hosts import Host
-from vistok.pruners.hosts.base import Capture, Visual, concatenated
 from vistok.pruners.records import Level, PrunedCache, Record, held_length, pruned_class
 from vistok.pruners.report import Report, StageReport, VisualReport
 from vistok.pruners.stages import Context, Selection, Span, Stage
 
-__all__ = ["Engine", "Flow"]
+__all__ = ["Engine"]
 
 _FULL_ATTENTION = "full_attention"
 
 
-@dataclass
-class Flow:
-    """The state of one forward pass of the language model."""
-
-    record: Record
-    cache: Any
-    cache_name: str
-    base_positions: Tensor | None  # [B, q], the library's; None for several axes
-    mask: Tensor | None  # the library's 2-D mask of all columns
-    covered: int  # library columns before this call
-    new: int  # tokens of this call
-    spans: list[Span] = field(default_factory=list)
-    valid: Tensor | None = None
-    lengths: list[int] = field(default_factory=list)
-    positions: Tensor | None = None  # [..., B, S], of the current level
-    removed_before: Tensor | None = None
-    source: Tensor | None = None
-    order: Tensor = field(default_factory=lambda: torch.empty(0))  # of the last pruning: where tokens stood before
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    tables: tuple[Tensor, Tensor] | None = None  # of the current level, where it differs from the library's
-    level: int = 0
-    prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
-    finite: list[Tensor] = field(default_factory=list)
-    stages: list[StageReport] = field(default_factory=list)
-    counts: list[tuple[int, list[int], list[int], int]] = field(default_factory=list)
-    unpruned: list[int] = field(default_factory=list)
-
-    @property
-    def pruning(self) -> bool:
-        return bool(self.spans)
-
-
-class Engine:
+class Engine(VisualFinder, AttentionRows):
     """Hooks of one pruner on one model."""
 
     def __init__(self, pruner: Any, host: Host, stages: list[Stage]) -> None:
-        self.pruner, self.host, self.stages = pruner, host, stages
+        super().__init__(host, stages)
+        self.pruner = pruner
         self.early = [stage for stage in stages if stage.place != "decoder"]
         self.late = {stage.layer: stage for stage in stages if stage.place == "decoder" and stage.layer is not None}
-        self.captures: list[tuple[Any, Capture]] = []
-        self.capture: Capture | None = None
-        self.recent: list[Capture] = []
-        self.inputs: dict[str, Any] = {}
         self.flow: Flow | None = None
         self.finished: Flow | None = None
         self.labels: Tensor | None = None
@@ -106,6 +58,13 @@ class Engine:
             )
         if getattr(host.model, "tp_size", None) not in (None, 1):
             raise InvalidInputError("tensor-parallel models cannot be pruned; load the model without tp_plan")
+        # Parts kept on the CPU or on disk are brought to one device before they run, so they may be pruned.
+        placed = {str(one) for one in (getattr(host.model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+        if len(placed) > 1:
+            raise InvalidInputError(
+                f"the model is spread over several devices ({', '.join(sorted(placed))}), and what pruning shortens "
+                "must stay together; load it on one (device_map={'': device}), parts of it offloaded if need be"
+            )
         for layer, stage in self.late.items():
             if not isinstance(layer, int) or layer >= depth:
                 raise InvalidInputError(
@@ -156,63 +115,6 @@ class Engine:
         """Keep the input of a decoder layer during prefill, for scores by that layer's attention."""
         self.remembered.add(layer)
 
-    def listen(self, handle: Handle, kind: str) -> None:
-        """Listen to the call that makes features of images or videos."""
-        name = f"get_{kind}_features"
-        original = getattr(self.host.core, name)
-
-        @functools.wraps(original)
-        def listening(*args: Any, **kwargs: Any) -> Any:
-            if self.capture is not None:  # one kind is made through the other
-                return original(*args, **kwargs)
-            self.capture = capture = Capture(kind, self.host.bind(original, args, kwargs))
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                self.capture = None
-            if hasattr(output, "pooler_output"):
-                capture.visuals = self.host.visuals(capture, output)
-                for number in capture.readings:
-                    capture.readings[number] = self.host.merge_patches(capture.readings[number], capture)
-                self.captures = [(ref, old) for ref, old in self.captures if ref() is not None]
-                self.captures.append((weakref.ref(output), capture))
-                self.recent.append(capture)
-            return output
-
-        handle.replace(self.host.core, name, listening)
-
-    def tap(self, handle: Handle, number: int, stage: Stage) -> None:
-        """Reduce the attention of one tower layer to what the stage reads."""
-        host, scorer = self.host, stage.scorer
-        assert scorer is not None
-        try:
-            layer = host.tower_layer(stage.layer)
-            host.tower_attention(layer)
-        except AttributeError as error:
-            raise InvalidInputError(
-                f"{stage.name or 'this stage'} reads the attention of the vision tower, and {host.name} is not known "
-                f"with the tower {type(host.tower).__name__} ({error}); use a method that acts later"
-            ) from error
-
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self.capture is None:
-                return
-            given = dict(kwargs)
-            if args:
-                given["hidden_states"] = args[0]
-            with torch.no_grad():
-                read = [scorer.read_tower(one) for one in host.read_attention(module, given)]
-            self.capture.readings[number] = read
-
-        handle.hook(host.tower_attention(layer).register_forward_pre_hook(before, with_kwargs=True))
-        if getattr(scorer, "needs_features", False):
-
-            def after(module: nn.Module, args: tuple, output: Any) -> None:
-                if self.capture is not None:
-                    self.capture.features[number] = output[0] if isinstance(output, tuple) else output
-
-            handle.hook(host.tower_layers()[layer].register_forward_hook(after))
-
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Take the labels away: they fit the unpruned sequence. `after_model` makes the loss."""
         self.labels = kwargs.get("labels")
@@ -248,73 +150,6 @@ class Engine:
         self.inputs = given
         self.recent = []
         self.flow = None
-
-    # ----------------------------------------------------------------------------------------- where visual tokens are
-
-    def locate(self, embeds: Tensor) -> list[Span]:
-        """The visuals of this call; an empty list if there are none."""
-        given = self.inputs
-        ids = given.get("input_ids")
-        encoded = given.get("mm_encoder_outputs") or {}
-        spans: list[Span] = []
-        for kind in self.host.kinds:
-            captures = [one for one in self.recent if one.kind == kind]
-            precomputed = encoded.get(kind) if isinstance(encoded, dict) else None
-            if precomputed is not None:
-                captures = [one for ref, one in self.captures if ref() is precomputed] or captures
-            elif not captures:
-                continue
-            token = self.host.token_ids(kind)
-            if ids is None:
-                lookup = self.host.model.get_input_embeddings()
-                example = lookup(torch.tensor(token, device=embeds.device))
-                places = (given["inputs_embeds"] == example).all(-1)
-            else:
-                places = ids == token
-            visuals = [visual for capture in captures[-1:] for visual in capture.visuals]
-            spans += self.assign(places, visuals, captures[-1] if captures else None, kind)
-        return sorted(spans, key=lambda span: (span.sample, int(span.index[0])))
-
-    def assign(self, places: Tensor, visuals: list[Visual], capture: Capture | None, kind: str) -> list[Span]:
-        """Give each visual its placeholders; rows that beams repeat share their visuals."""
-        rows = [row.nonzero()[:, 0] for row in places]
-        if not visuals:  # features made elsewhere: every run of placeholders is one visual
-            spans = []
-            for sample, index in enumerate(rows):
-                breaks = (index.diff() != 1).nonzero()[:, 0].add(1).tolist()
-                for part in torch.tensor_split(index, breaks):
-                    if len(part):
-                        visual = Visual(kind, len(part), range(0), (1, len(part)), concatenated)
-                        spans.append(Span(sample, visual, torch.arange(len(part), device=part.device), part))
-            return spans
-        tokens, total = sum(visual.tokens for visual in visuals), sum(map(len, rows))
-        if total == 0:
-            return []
-        if total % tokens:
-            raise InvalidInputError(
-                f"the prompt has {total} {kind} placeholders and the {kind}s give {tokens} tokens; an image whose "
-                "tokens are split over several calls cannot be pruned"
-            )
-        repeats = total // tokens
-        spans, taken = [], 0
-        for first in range(0, len(rows), repeats):
-            members: list[tuple[Visual, int]] = []
-            filled = 0
-            while filled < len(rows[first]) and taken < len(visuals):
-                members.append((visuals[taken], filled))
-                filled += visuals[taken].tokens
-                taken += 1
-            for sample in range(first, min(first + repeats, len(rows))):
-                for visual, start in members:
-                    index = rows[sample][start : start + visual.tokens]
-                    if len(index) != visual.tokens:
-                        raise InvalidInputError(
-                            f"{kind} placeholders of row {sample} do not fit its {kind}s; give every row its own"
-                        )
-                    spans.append(Span(sample, visual, torch.arange(visual.tokens, device=index.device), index))
-        for visual in visuals:
-            visual.capture = capture
-        return spans
 
     # -------------------------------------------------------------------------------------- before the language model
 
@@ -480,26 +315,6 @@ class Engine:
             ]
         return kwargs
 
-    def readings(self, flow: Flow, number: int, stage: Stage) -> list[list[Tensor]]:
-        """What the stage read from the tower, view by view of every span."""
-        found = []
-        for span in flow.spans:
-            capture = span.visual.capture
-            if capture is None or number not in capture.readings:
-                raise InvalidInputError(
-                    f"{stage.name or 'this stage'} reads the vision tower's attention, but the image features were "
-                    "made before the pruner was attached; pass pixel_values instead of mm_encoder_outputs"
-                )
-            views = capture.readings[number]
-            found.append([views[view] for view in span.visual.views])
-        return found
-
-    def tower_features(self, span: Span, stage_number: int = 0) -> Tensor | None:
-        """Output [V, P, D] of the tapped tower layer for a span's views, where the stage asked for it."""
-        capture = span.visual.capture
-        features = None if capture is None else capture.features.get(stage_number)
-        return None if features is None else features[span.visual.views.start : span.visual.views.stop]
-
     # ------------------------------------------------------------------------------------------- shared by all places
 
     def context(self, flow: Flow, hidden: Tensor, stage: Stage, layer: int | None) -> Context:
@@ -513,6 +328,9 @@ class Engine:
         context.terms["score"] = scores
         if scores:
             flow.finite.append(torch.stack([score.isfinite().all() for score in scores]).all())
+        starts = accumulate((len(span) for span in flow.spans), initial=0)
+        kept = torch.cat([one.kept + start for one, start in zip(selections, starts)])
+        flow.ascending.append((kept.diff() > 0).all() & ((kept >= 0) & (kept < sum(map(len, flow.spans)))).all())
         return selections
 
     def note_stage(self, flow: Flow, stage: Stage, selections: list[Selection], context: Context) -> None:
@@ -681,76 +499,6 @@ class Engine:
         given["attention_mask"] = create_causal_mask(**arguments)
         return given
 
-    # ------------------------------------------------------------------------------------- attention rows for scorers
-
-    def text_rows(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Rows int64 [B, T] after each sample's last visual token, and weights [B, T] that make their mean.
-
-        A prompt that ends with its image is asked by its last token.
-        """
-        batch, size = context.valid.shape
-        last = torch.zeros(batch, dtype=torch.int64, device=context.valid.device)
-        for span in context.spans:
-            if len(span):
-                last[span.sample] = torch.maximum(last[span.sample], span.index[-1])
-        start = int(last.min()) + 1 if size else 0
-        rows = torch.arange(min(start, size - 1), size, device=context.valid.device).expand(batch, -1)
-        chosen = (rows > last[:, None]) & context.valid.gather(1, rows)
-        final, _ = self.last_row(context)
-        chosen = chosen | (~chosen.any(dim=1, keepdim=True) & (rows == final))
-        weights = chosen.float()
-        return rows.contiguous(), weights / weights.sum(dim=1, keepdim=True)
-
-    def last_row(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Row int64 [B, 1] of each sample's last token, with weight 1."""
-        numbers = torch.arange(context.valid.shape[1], device=context.valid.device)
-        rows = (numbers * context.valid).amax(dim=1, keepdim=True)
-        return rows, torch.ones_like(rows, dtype=torch.float32)
-
-    def received(self, context: Context, rows: Tensor, weights: Tensor, *, by: str = "next") -> Tensor:
-        """Mean attention float32 [B, S] that some rows pay to every token of the sequence, causal, over all keys.
-
-        Args:
-            by: `"next"`: queries and keys of the layer before which the stage acts, made from the hidden states now;
-                `"last"`: those of the layer that has just run.
-        """
-        flow = self.flow
-        assert flow is not None
-        assert context.layer is not None
-        assert flow.tables is not None
-        host, number = self.host, flow.level
-        index = context.layer if by == "next" else context.layer - 1
-        layer = host.layers[index]
-        hidden, tables = (context.hidden, flow.tables) if by == "next" else flow.inputs[index]
-        stored = self.cached_keys(flow, index)
-        columns = 0
-        if by == "last" and stored is not None:
-            query, key = host.queries_and_keys(layer, hidden, tables, rows, key=stored)
-            columns = stored.shape[2] - hidden.shape[1]
-        else:
-            query, key = host.queries_and_keys(layer, hidden, tables, rows)
-            if by == "next" and stored is not None and stored.shape[2]:
-                columns = stored.shape[2]
-                key = torch.cat([stored, key], dim=2)
-        valid = context.valid
-        if columns:
-            past = flow.record.levels[number].valid[:, :columns]
-            valid = torch.cat([past, valid], dim=1)
-        return attention_received(
-            query, key, weights.to(query.device), scale=layer.self_attn.scaling, rows=rows + columns, valid=valid
-        )[:, columns:]
-
-    @staticmethod
-    def cached_keys(flow: Flow, index: int) -> Tensor | None:
-        """Rotated keys [B, G, n, d] that a plain cache layer holds."""
-        cache = flow.cache
-        if cache is None or index >= len(cache.layers) or getattr(cache, "offloading", False):
-            return None
-        layer = cache.layers[index]
-        if type(layer).__name__ != "DynamicLayer" or not layer.get_seq_length():
-            return None
-        return layer.keys
-
     # ----------------------------------------------------------------------------------------------------- afterwards
 
     def after_language(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -762,6 +510,11 @@ class Engine:
         if flow.finite and not bool(torch.stack(flow.finite).all()):
             raise InvalidOutputError(
                 "the scores of visual tokens hold NaN or infinity; check the model's weights and dtype"
+            )
+        if flow.ascending and not bool(torch.stack(flow.ascending).all()):
+            raise InvalidOutputError(
+                "a stage chose tokens out of order, twice, or that are not there; selectors return int64 positions "
+                "inside each visual, ascending"
             )
         assert flow.valid is not None
         assert flow.source is not None
@@ -802,10 +555,3 @@ class Engine:
             shape,
             dtype.itemsize if dtype.is_floating_point else 2,
         )
-
-
-def gather_rows(values: Tensor, order: Tensor) -> Tensor:
-    """Rows `order` [B, S'] of `values` [B, S, D]; `index_select` where there is one sample, which is much faster."""
-    if values.shape[0] == 1:
-        return values[0].index_select(0, order[0])[None]
-    return values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
