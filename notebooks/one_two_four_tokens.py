@@ -44,9 +44,7 @@ def seeds(count, first=0):
 
 
 def table(rows, titles, size=1.15):
-    _, axes = plt.subplots(
-        len(rows), len(titles), figsize=(len(titles) * size, len(rows) * size * 1.1), squeeze=False
-    )
+    _, axes = plt.subplots(len(rows), len(titles), figsize=(len(titles) * size, len(rows) * size * 1.1), squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         for axis, image in zip(line, row, strict=True):
             axis.imshow((image.clamp(-1, 1).permute(1, 2, 0) + 1) / 2)

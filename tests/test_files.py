@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 
 from vistok.errors import CheckpointError, InvalidInputError
-from vistok.files import atomic_path, open_image, read_state_dict, save_tensors, write_text_atomic
+from vistok.files import (
+    atomic_path,
+    open_image,
+    pack_rows,
+    read_state_dict,
+    save_tensors,
+    unpack_rows,
+    write_text_atomic,
+)
 
 
 def write_half(target: Path, failure: BaseException) -> None:
@@ -31,6 +39,32 @@ def test_a_failing_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == ["notes.txt"]
     write_text_atomic(target, "new")
     assert target.read_text() == "new"
+
+
+def test_packed_rows_come_back_within_their_rounding(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = {
+        "matrix": torch.randn(64, 80, generator=generator) * torch.logspace(-4, 2, 64)[:, None],
+        "kernel": torch.randn(32, 16, 3, 3, generator=generator),
+        "zeros": torch.zeros(64, 64),
+        "bias": torch.randn(5000, generator=generator),
+        "small": torch.randn(8, 8, generator=generator),
+        "count": torch.arange(9000).view(90, 100),
+    }
+    packed = pack_rows(plain)
+    assert packed["matrix"].dtype == packed["kernel"].dtype == torch.int8
+    assert packed["bias"].dtype == packed["small"].dtype == torch.bfloat16
+    save_tensors(tmp_path / "packed.safetensors", packed)
+    back = read_state_dict(tmp_path / "packed.safetensors")
+    assert back.keys() == plain.keys()
+    assert torch.equal(back["count"], plain["count"])
+    assert not back["zeros"].any()
+    for name in ("matrix", "kernel"):
+        rows, found = plain[name].flatten(1), back[name].float().flatten(1)
+        # Half a step of int8, and bfloat16's rounding of the result.
+        bound = rows.abs().amax(1, keepdim=True) * (0.5 / 127 + 2**-8)
+        assert bool(((rows - found).abs() <= bound).all())
+    assert all(torch.equal(value, plain[name]) for name, value in unpack_rows(plain).items())
 
 
 def test_tied_tensors_are_saved(tmp_path: Path) -> None:

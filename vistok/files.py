@@ -18,8 +18,21 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["atomic_path", "open_image", "read_state_dict", "save_tensors", "write_text_atomic"]
+__all__ = [
+    "PACKED_FILE",
+    "atomic_path",
+    "open_image",
+    "pack_rows",
+    "read_state_dict",
+    "save_tensors",
+    "unpack_rows",
+    "write_text_atomic",
+]
 
+# Weights of a folder in packed form (see `pack_rows`); other loaders than ours must not take them for plain ones.
+PACKED_FILE = "packed.safetensors"
+SCALE_SUFFIX = ".row_scale"
+SMALLEST_PACKED = 4096  # values; biases, norms and small tables stay as they are
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt"}
 # Decoding more pixels than this takes gigabytes; PIL only warns from here on.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -69,12 +82,54 @@ def save_tensors(
         save_file(plain, str(temporary), metadata=metadata)
 
 
+def pack_rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights in about one byte each: every row of a large matrix as int8 with a float32 scale beside it.
+
+    Rows are what one output is made of, so that a scale a row costs nothing; the rounding is at most 1/254 of the
+    row's largest weight. Everything else that is floating point becomes bfloat16.
+
+    Args:
+        tensors: a state dict.
+
+    Returns:
+        A state dict with an entry `NAME.row_scale` [rows] beside every packed `NAME` (int8, same shape).
+    """
+    import torch
+
+    packed = {}
+    for name, value in tensors.items():
+        if not value.is_floating_point() or value.ndim < 2 or value.numel() < SMALLEST_PACKED:
+            packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value
+            continue
+        rows = value.detach().float().flatten(1)
+        scale = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        packed[name] = (rows / scale[:, None]).round().to(torch.int8).view_as(value)
+        packed[name + SCALE_SUFFIX] = scale
+    return packed
+
+
+def unpack_rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `pack_rows`: floating point tensors in bfloat16. Tensors that were not packed pass unchanged."""
+    import torch
+
+    plain = {}
+    for name, value in tensors.items():
+        if name.endswith(SCALE_SUFFIX):
+            continue
+        scale = tensors.get(name + SCALE_SUFFIX)
+        if scale is not None:
+            value = (value.float() * scale.view(-1, *[1] * (value.ndim - 1))).to(torch.bfloat16)
+        plain[name] = value
+    return plain
+
+
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint file without running anything that it contains.
 
     `.safetensors` is read with safetensors; `.pth`, `.pt`, `.bin` and `.ckpt` through `torch.load(weights_only=True)`,
     with `argparse.Namespace` allowed as inert data because training checkpoints keep their arguments in one.
-    Wrapper keys (`"model"`, `"ema"`, ...) are left as they are: unwrapping belongs to each architecture.
+    Wrapper keys (`"model"`, `"ema"`, ...) are left as they are: unwrapping belongs to each architecture. Packed weights
+    (`pack_rows`) come out as they were, in bfloat16.
 
     Raises:
         CheckpointError: missing, empty or truncated file, unknown suffix, or a pickle that contains code.
@@ -89,7 +144,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(str(path))
+            return unpack_rows(load_file(str(path)))
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}); it is probably truncated: download or copy it again"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vistok.errors import CheckpointError, InvalidInputError, UnknownNameError
-from vistok.files import read_state_dict
+from vistok.files import PACKED_FILE, read_state_dict
 from vistok.registry import HELPERS, SYSTEMS, Published, system_class, unknown_name
 
 if TYPE_CHECKING:
@@ -376,6 +376,8 @@ def _check_pipeline(folder: Path) -> None:
 
 def _read_weights(folder: Path) -> dict[str, Any]:
     """The state dict of a folder, from one file or from shards."""
+    if (folder / PACKED_FILE).is_file():
+        return read_state_dict(folder / PACKED_FILE)
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if not index.is_file():
         return read_state_dict(folder / WEIGHTS_FILE)

@@ -121,6 +121,18 @@ def test_an_interruption_keeps_what_is_finished(
     assert second["parts"][1]["prefill_seconds"] == first["parts"][1]["prefill_seconds"], "not measured again"
 
 
+def test_the_lab_world_needs_no_folder(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", "pruners", "--model", model, "--data", "shapes", "--num-samples", "3", "--max-new-tokens", "1"]
+    arguments += ["--method", "random", "--keep-ratio", "0.5", "--batch-size", "2", "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["questions"] == 3
+    assert set(report["parts"][1]["by_kind"]) == {"colour", "shape", "size"}
+    assert report["parts"][1]["kept_tokens"] == 8
+    assert main(arguments) == 0
+    assert "at 0.5: best random" in capsys.readouterr().out
+
+
 def test_evaluation_errors_are_one_line(model: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (["--data", str(data / "none")], "is no folder"),

@@ -323,3 +323,23 @@ def test_schedules_and_packing() -> None:
     assert ids[4].tolist() == [0, 1, 1]
     with pytest.raises(InvalidInputError, match="2 x 2"):
         pack_latents(torch.zeros(1, 3, 3, 4))
+
+
+def test_attention_is_judged_at_the_levels_that_a_small_unet_has() -> None:
+    torch.manual_seed(0)
+    network = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+    )
+    objective = UNetObjective(network, diffusers.DDPMScheduler())
+    assert objective.places(8) == ["mid_4", "up_8"]
+    assert UNetObjective(four_levels(), diffusers.DDPMScheduler()).places(64) == ["mid_8", "up_16", "up_32", "up_64"]
+    losses = objective.training_loss(unet_batch())
+    assert losses["token.mid_4"].detach() > 0
+    assert losses["pixel.up_8"].detach() > 0

@@ -87,3 +87,24 @@ def test_the_compile_backend_traces_the_plain_code(monkeypatch: pytest.MonkeyPat
     with kernels.use("compile"):
         assert torch.equal(kernels.guided_sampling(logits, noise, top_k=5), expected[0])
         assert torch.equal(kernels.nearest_code(X, CODEBOOK), expected[1])
+
+
+def test_plain_calls_skip_the_registration_and_traced_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    operation = kernels.operations()["nearest_code"]
+    seen: list[int] = []
+    registered = operation.registered
+
+    def noted(*arguments: object) -> torch.Tensor:
+        seen.append(1)
+        return registered(*arguments)
+
+    monkeypatch.setattr(operation, "registered", noted)
+    expected = kernels.nearest_code(X, CODEBOOK)
+    assert not seen
+    assert torch.equal(registered(X, CODEBOOK), expected)
+    with FakeTensorMode() as mode:
+        faked = kernels.nearest_code(mode.from_tensor(X), mode.from_tensor(CODEBOOK))
+    assert seen == [1]
+    assert (faked.shape, faked.dtype) == (expected.shape, expected.dtype)

@@ -15,7 +15,7 @@ from vistok.pruners.vflowopt_search import SearchResult, box_for, search
 
 pytest.importorskip("optuna")
 
-BOX = {"first": (0.4, 0.6), "threshold": (0.8, 1.5), "cell_size": (1.5, 3.0), "entropy_weight": (0.0, 0.0)}
+BOX = {"first": (0.4, 0.6), "threshold": (0.8, 1.5), "cell_size": (3.0, 4.0), "entropy_weight": (0.0, 0.0)}
 
 
 def test_search_resumes_and_repeats(tmp_path: Path) -> None:
@@ -30,6 +30,13 @@ def test_search_resumes_and_repeats(tmp_path: Path) -> None:
     assert second.trials[: len(first.trials)] == first.trials
     assert second.objective == max(trial.objective for trial in second.trials) >= first.objective
     assert 0.3 < second.objective <= 1.0 + 1e-6
+    best = VFlowOpt(second.settings, layers=second.layers)
+    with torch.no_grad(), best.attached(model):
+        kept = []
+        for sample in samples:
+            model(**sample)
+            kept.append(best.last_report.average_kept)
+    assert sum(kept) / 2 <= 1.1 * 0.4 + 1e-9, "the budget is that of the tokens really kept"
     assert all(average_kept(trial.settings.ratios, (1, 2, 1)) <= 0.4 + 1e-9 for trial in second.trials)
     second.save(tmp_path / "found.json")
     assert SearchResult.load(tmp_path / "found.json") == second
@@ -64,6 +71,8 @@ def test_search_refuses_bad_input(tmp_path: Path) -> None:
         search(model, [sample], layers=(3, 3))
     with pytest.raises(InvalidInputError, match="no point of the box"):
         search(model, [sample], target=0.1, box={**BOX, "first": (0.9, 0.9), "second": (1.0, 1.0)}, trials=1)
+    with pytest.raises(InvalidInputError, match="fewer and larger cells"):  # sixteen cells leave sixteen tokens
+        search(model, [sample], target=0.2, box={**BOX, "first": (0.2, 0.2), "cell_size": (1.0, 1.0)}, trials=1)
     (tmp_path / "odd.json").write_text("[]")
     with pytest.raises(CheckpointError, match="no result"):
         SearchResult.load(tmp_path / "odd.json")

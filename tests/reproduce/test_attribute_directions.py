@@ -153,16 +153,15 @@ def test_a_world_without_response_and_with_spill(tmp_path: Path, monkeypatch: py
     assert report.figures["shade"]["learned"]["response"]["absolute_spill"] == pytest.approx(0.6, abs=0.05)
 
 
-def test_only_prompts_that_are_drawn_right_are_steered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_prompts_that_show_both_objects_are_steered(monkeypatch: pytest.MonkeyPatch) -> None:
     def screened(broken: Callable[[int], bool]) -> tuple[Any, Report]:
         monkeypatch.setattr(attribute_directions, "draw", World(broken=broken))
         report = Report("attribute-directions", "", "", settings={"model": "a world"})
         return attribute_directions._screen(None, 4, 0, SAMPLING, report, lambda *_: None), report
 
     sweep, report = screened(lambda place: place % 2 == 1)
-    assert report.figures["prompts_drawn_right"] == pytest.approx(
-        {"value": 0.5, "correct": 6, "total": 12, "low": 0.254, "high": 0.746}, abs=1e-3
-    )
+    shown = report.figures["prompts_with_both_objects"]
+    assert (shown["correct"], shown["total"]) == (25, 50)
     assert len(sweep.texts) == len(set(sweep.texts)) == 4
     for text, (subject, other), reading in zip(sweep.texts, sweep.pairs, sweep.readings, strict=True):
         assert {str(subject), str(other)} == {str(phrase) for phrase in parse_caption(text).objects}
@@ -194,7 +193,7 @@ def test_a_random_pipeline_gets_no_verdict(tmp_path: Path, monkeypatch: pytest.M
     assert set(stages) == {
         "learning size",
         "learning shade",
-        "prompts that are drawn right",
+        "prompts with both objects",
         *(f"{one}: {arm}" for one in ("size", "shade") for arm in ("contrast", "learned", "adjective")),
     }
     kept = AttributeDelta.load(tmp_path / "size-learned.safetensors")

@@ -44,7 +44,7 @@ def test_every_claim_gets_a_verdict(finished: tuple[Path, Any]) -> None:
     assert {"OA", "VISOR_uncond", "VISOR_cond", "VISOR_1", "VISOR_4", "position", "compbench_spatial"} <= set(arm)
     assert arm["OA"]["total"] == compass.PICTURES
     # Random networks draw nothing: no direction may be claimed.
-    assert all(finding.holds is not True for finding in report.findings[1:6])
+    assert all(finding.holds is not True for finding in report.findings[1:])
     saved = json.loads((folder / "compass.json").read_text())
     assert saved["complete"] is True
     with Image.open(folder / "compass.png") as picture:

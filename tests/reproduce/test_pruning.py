@@ -82,10 +82,16 @@ def test_vflowopt_searches_and_goes_on(loaded: tuple[Any, Any], tmp_path: Path) 
     report = vflowopt.run(tmp_path, **options)
     methods = {"vflowopt searched", "not searched", "no recycling", "one stage", "fastv matched", "sparsevlm matched"}
     rows = checked(tmp_path, report, methods | {"visionzip", "random"})
-    assert set(report.figures["search"]) == {"0.5", "0.25", "0.11", "0.05"}
-    for ratio in (0.5, 0.25):
-        assert rows["one stage", ratio]["average_kept"] == pytest.approx(ratio, abs=0.2)
-        assert rows["vflowopt searched", ratio]["average_kept"] == pytest.approx(ratio, abs=0.2)
+    met = [float(name) for name in report.figures.get("search", {})]
+    for ratio in RATIOS:
+        row = rows["vflowopt searched", ratio]
+        if ratio in met:
+            assert row["average_kept"] <= 1.1 * ratio + 0.07, (
+                "the budget is met on other pictures, too (16 tokens each)"
+            )
+        else:
+            assert "no settings that keep so few" in row["skipped"]
+            assert f"search at {ratio:g}: no point of the box" in str(report)
     assert "skipped" in rows["fastv matched", 0.05], "it shows its first layer all tokens"
     seen: list[str] = []
     vflowopt.run(tmp_path, **options, on_progress=lambda what, done, total: seen.append(what))

@@ -48,7 +48,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, seed.Repor
         progress("causal queries", 1, 6)
 
     patch.setattr(seed, "_measure_order", order)
-    report = seed.run(folder, quick=True, model=model, language=language, num_samples=8)
+    report = seed.run(folder, quick=True, model=model, language=language, num_samples=4)
     patch.undo()
     return folder, report
 
@@ -61,7 +61,7 @@ def test_every_claim_gets_a_verdict_and_random_networks_win_none(measured: tuple
     for part in ("86.3 % by codes", "with the codes of another picture", "quick run", "captions of other pictures"):
         assert part in text
     saved = json.loads((folder / "seed.json").read_text())
-    assert saved["figures"]["drawing"]["drawn"]["total"] == 8
+    assert saved["figures"]["drawing"]["drawn"]["total"] == 4
     assert saved["figures"]["retrieval"]["scenes"] == 8
     with Image.open(folder / "seed.png") as picture:
         assert picture.size[0] > 800

@@ -25,8 +25,14 @@ def measure(folder: Path, base: Path, **changes):
     return tokenpacker.run(folder, quick=True, base=base, shipped=None, **{**settings, **changes})
 
 
-def test_every_claim_gets_a_verdict_and_trainings_are_kept(base: Path, tmp_path: Path) -> None:
-    report = measure(tmp_path, base)
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tokenpacker")
+    return folder, measure(folder, base)
+
+
+def test_every_claim_gets_a_verdict(finished) -> None:
+    folder, report = finished
     assert report.complete
     assert len(report.findings) == 4
     assert report.figures["TokenPacker"]["visual_tokens"] == 4
@@ -39,15 +45,19 @@ def test_every_claim_gets_a_verdict_and_trainings_are_kept(base: Path, tmp_path:
     assert flops["TokenPacker"]["projector"] > flops["average pooling"]["projector"]
     for part in ("claim", "table 1", "quick run", "parameters in the projector", "cannot tell"):
         assert part in str(report)
-    saved = json.loads((tmp_path / "tokenpacker.json").read_text())
+    saved = json.loads((folder / "tokenpacker.json").read_text())
     assert saved["complete"]
     assert saved["figures"]["TokenPacker"]["by_kind"]
-    with Image.open(tmp_path / "tokenpacker.png") as picture:
+    with Image.open(folder / "tokenpacker.png") as picture:
         assert picture.size[0] > 800
-    # The second run trains nothing and says the same.
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("progress.json")}
-    again = measure(tmp_path, base)
-    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("progress.json")}
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(finished, base: Path) -> None:
+    folder, report = finished
+    before = {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("progress.json")}
+    again = measure(folder, base)
+    assert len(before) == 6
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("progress.json")}
     assert again.figures["TokenPacker"]["accuracy"] == report.figures["TokenPacker"]["accuracy"]
 
 

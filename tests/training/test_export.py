@@ -72,7 +72,14 @@ def test_a_generator_names_its_classes_and_partners(tmp_path):
     assert len(facts["class_names"]) == 64
     assert facts["sampling"]["guidance_scale"] == 2.0
     assert facts["num_tokens"] == 16
-    assert type(hub.load(str(folder))).__name__ == "LlamaGen"
+    loaded = hub.load(str(folder))
+    assert type(loaded).__name__ == "LlamaGen"
+    # Generators ship as int8 rows, which both ways of loading undo.
+    assert (folder / "packed.safetensors").is_file()
+    assert not (folder / "diffusion_pytorch_model.safetensors").is_file()
+    other = type(loaded).from_pretrained(folder)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in other.state_dict().items())
+    assert other.dtype == torch.float32
 
 
 def test_large_or_foreign_weights_are_refused(tmp_path):

@@ -151,19 +151,23 @@ def test_a_tokenizer_against_a_discriminator_resumes_bit_for_bit(system, config,
     assert ("usage" in lines[0]) == (system == "vq")
 
 
-def test_the_objective_against_a_discriminator_is_the_models_own_before_it_starts():
-    """Same error of the pixels, same loss of the bottleneck as `training_loss`."""
+def test_the_objective_against_a_discriminator_is_the_published_one_before_it_starts():
+    """Same loss of the bottleneck as `training_loss`; the error of the pixels is squared for VQ, absolute for KL."""
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     for system, config in (("vq", VQ), ("kl", {**KL, "kl_weight": 0.1})):
         recipe = vq_recipe(discriminator={"start_step": 9}, model={"system": system, "config": config})
-        model, twin = build_model(recipe), build_model(recipe)  # a pass moves codes
+        model, twin, third = (build_model(recipe) for _ in range(3))  # a pass moves codes
         objective = AdversarialObjective(twin, make_loss(system, recipe.discriminator))
         torch.manual_seed(0)
         alone = model.training_loss({"images": images})
         torch.manual_seed(0)
         together = objective({"images": images, "step": 0})
-        torch.testing.assert_close(together["loss"], alone["loss"])
-        torch.testing.assert_close(together["reconstruction"], alone["reconstruction"])
+        torch.manual_seed(0)
+        error = (third(images).sample - images).detach()
+        expected = error.square().mean() if system == "vq" else error.abs().mean()
+        torch.testing.assert_close(together["reconstruction"].detach(), expected)
+        bottleneck = (alone["loss"] - alone["reconstruction"]).detach()
+        torch.testing.assert_close((together["loss"] - together["reconstruction"]).detach(), bottleneck)
 
 
 def test_pictures_and_validation_change_nothing(tmp_path):

@@ -53,7 +53,7 @@ def preview(
 def questions(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many questions.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Stream of scenes; shipped models were trained on stream 0.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Stream of scenes; 0 to 2 were trained on.")] = 7,
     num_objects: Annotated[int | None, typer.Option(min=1, max=3, help="Objects a scene (default: 1 to 3).")] = None,
     per_image: Annotated[int, typer.Option(min=1, help="Most questions about one picture.")] = 1,
     kind: Annotated[

@@ -83,7 +83,9 @@ def pruners(
     folder = output if output is not None else Path("evaluation") / f"pruners-{Path(model).name}"
     network, processor = load_lvlm(model, device=device, dtype=dtype)
     if lab:
-        asked = held_out_questions(num_samples or 1000, network.config.vision_config.image_size)
+        side = getattr(network.config.vision_config, "image_size", 336)  # some towers take any size
+        side = side[0] if isinstance(side, (list, tuple)) else side
+        asked = held_out_questions(num_samples or 1000, side)
     with stages() as on_progress:
         report = evaluate_pruners(
             network,

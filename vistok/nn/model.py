@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from vistok.errors import CheckpointError, InvalidInputError
-from vistok.files import read_state_dict
+from vistok.files import PACKED_FILE, read_state_dict
 from vistok.registry import Published, unknown_name
 
 __all__ = ["VistokModel", "describe_mismatch"]
@@ -66,6 +67,21 @@ class VistokModel(ModelMixin, ConfigMixin):
     config_name = "config.json"
     system: ClassVar[str]
     published: ClassVar[dict[str, Published]] = {}
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Any:
+        """diffusers' `from_pretrained`, which also takes a folder of the lab with packed weights (`PACKED_FILE`).
+
+        Args:
+            source: a folder, or a repository of the Hub.
+            options: of diffusers' method; packed weights take `torch_dtype` alone.
+        """
+        packed = Path(source) / PACKED_FILE
+        if not packed.is_file():
+            return super().from_pretrained(source, **options)
+        model = cls.from_config(cls.load_config(source))
+        model.load_state_dict(read_state_dict(packed), strict=True)
+        return model.to(options.get("torch_dtype") or torch.float32).eval()
 
     @classmethod
     def config_from_official(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vistok.nn.attention import attention
 from vistok.nn.cache import LayerCache
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rope import apply_rotation
@@ -55,11 +56,11 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.append(key, value)
-        attended = functional.scaled_dot_product_attention(
+        attended = attention(
             query,
             key,
             value,
-            attn_mask=mask,
+            mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             enable_gqa=kv_heads != heads,

@@ -125,7 +125,7 @@ CLAIMS: dict[str, Claim] = {
                 "t2i-shapes-scop",
                 "t2i-shapes-tenor",
             ),
-            4.5,
+            3.0,
         ),
         Claim(
             "leakage",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODEL",
+    "PAIRS",
     "MeanInterval",
     "draw",
     "find_object",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 MODEL = "t2i-shapes"
+PAIRS = len(SHAPES) * (len(SHAPES) - 1) * len(COLOURS) * (len(COLOURS) - 1)  # of objects that differ in both
 
 
 @torch.no_grad()
@@ -90,9 +92,8 @@ def find_object(reading: Reading, phrase: Phrase) -> SeenObject | None:
 
 def two_objects(count: int, seed: int) -> list[tuple[Phrase, Phrase]]:
     """Pairs of coloured objects that differ in shape and in colour; no pair comes twice."""
-    every = len(SHAPES) * (len(SHAPES) - 1) * len(COLOURS) * (len(COLOURS) - 1)
-    if count > every:
-        raise InvalidInputError(f"there are {every} pairs of objects, {count} were asked for")
+    if count > PAIRS:
+        raise InvalidInputError(f"there are {PAIRS} pairs of objects, {count} were asked for")
     rng = np.random.default_rng(seed)
     pairs: dict[tuple[Phrase, Phrase], None] = {}
     while len(pairs) < count:

@@ -58,7 +58,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "num_dense_diffusion_steps": 25,
     },
 }
-PAPER = "ablation (B, FID):"
+PAPER = "ablation (B, FID, equal epochs):"
 COLUMNS = 8
 
 

@@ -211,6 +211,11 @@ def _leakage(
         "leakage: a picture counts where the oracle finds the object that may be tainted before and after the fix; "
         "the rate without any leak is that of the training scenes (1 in 8 for an open colour)"
     )
+    if all(slot.kind == "clip" for slot in describe_pipeline(pipe).encoders if slot.tokens):
+        report.notes.append(
+            "a CLIP text encoder is causal: the states of the first object have not seen the second one, so what leaks "
+            "backwards arises in the denoiser's attention, where no change of the text states is expected to stop it"
+        )
     report.figures["leakage"] = {}
     every_change: list[float] = []
     for kind in KINDS:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vistok.data.shapes import Scene, caption, render, sample_scene
+from vistok.data.shapes import Scene, caption, read_scenes, render, sample_scene
 from vistok.data.shapes.words import caption_tokenizer
 from vistok.files import save_tensors, write_text_atomic
 from vistok.metrics.accuracy import Accuracy, caption_accuracy
@@ -227,8 +227,9 @@ def _measure_drawing(
             )
             progress("painting", number * len(codes) + first + len(part), 2 * len(codes))
         pictures[name] = torch.cat(painted).float()
-    shares = {name: caption_accuracy(images, captions)["objects"] for name, images in pictures.items()}
-    blind = caption_accuracy(pictures["drawn"], captions[1:] + captions[:1])["objects"]
+    readings = {name: read_scenes(images) for name, images in pictures.items()}
+    shares = {name: caption_accuracy(reading, captions)["objects"] for name, reading in readings.items()}
+    blind = caption_accuracy(readings["drawn"], captions[1:] + captions[:1])["objects"]
     report.figures["drawing"] = {name: share.to_dict() for name, share in {**shares, "by_chance": blind}.items()}
     report.findings.append(
         Finding(

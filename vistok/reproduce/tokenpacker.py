@@ -18,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ BASE, SHIPPED = "llava-shapes", "llava-shapes-tokenpacker"
 ALL_TOKENS = "all tokens"
 ARMS = {"TokenPacker": "tokenpacker", "average pooling": "pooling", "interpolated grid": "points"}
 SCALE = 4
-STEPS = (100, 250)  # of the two stages
+STEPS = (80, 170)  # of the two stages
 BATCHES = (1, 16)
 TOLERATED = 0.03  # loss of accuracy against all tokens
 RESAMPLES = 2000
@@ -71,7 +72,7 @@ def run(
 
     Args:
         output: folder for `tokenpacker.json`, `tokenpacker.png` and `runs/` with the trainings.
-        quick: a few steps and 24 scenes instead of 350 steps and 256 scenes.
+        quick: a few steps and 24 scenes instead of 250 steps and 256 scenes.
         seed: of the trainings and the held-out scenes.
         on_progress: called with what is done, units done, units in all.
         base: the LLaVA to start from: a shipped name or a folder.
@@ -127,6 +128,10 @@ def run(
     if shipped is not None:
         try:
             models[f"{SHIPPED}, shipped"] = LabLlava.around(hub.load(shipped))
+            report.notes.append(
+                f"{shipped}: its decoder learnt for longer than those of {ALL_TOKENS} and the arms, which favours it; "
+                "no verdict rests on it"
+            )
         except UnknownNameError:
             report.notes.append(f"{shipped} is not there: the TokenPacker of this run stands alone")
     report.notes += _notes(report, models, steps, batch_size)
@@ -209,7 +214,7 @@ def _notes(report: Report, models: Mapping[str, LabLlava], steps: Sequence[int],
     notes = [
         f"every arm: {steps[0]} steps of the projector alone, {steps[1]} of projector and decoder, {batch_size} "
         "pictures a step, the same pictures and questions in the same order, frozen tower",
-        f"{ALL_TOKENS}: {report.settings['base']} as it ships, trained for far longer than the arms",
+        f"{ALL_TOKENS}: {report.settings['base']} as it ships, without the arms' further steps of its decoder",
     ]
     for arm, model in models.items():
         weights = sum(value.numel() for value in model.llava.model.multi_modal_projector.parameters())
@@ -228,9 +233,7 @@ def _measure_answers(
     source = ShapesQuestions(data, seed + HELD_OUT_STREAM + 1)
     listed = {}
     for arm, model in models.items():
-        found = answers(
-            model, source, scenes, model.device, lambda done, total, arm=arm: progress(f"asking {arm}", done, total)
-        )
+        found = answers(model, source, scenes, model.device, partial(progress, f"asking {arm}"))
         listed[arm] = found
         kinds = {kind: Accuracy.of(one.right for one in found if one.kind == kind) for kind in QUESTION_KINDS}
         report.figures[arm] = {
@@ -312,18 +315,17 @@ def _percent(entry: Mapping[str, Any]) -> str:
 
 def _judge(listed: Mapping[str, Sequence[Answered]], report: Report) -> None:
     figures, ours = report.figures, "TokenPacker"
-    longest = next((arm for arm in figures if arm.endswith("shipped")), ours)
-    gain, low, high = difference(listed[longest], listed[ALL_TOKENS])
+    gain, low, high = difference(listed[ours], listed[ALL_TOKENS])
     all_tokens = figures[ALL_TOKENS]["visual_tokens"]
-    report.figures["against_all_tokens"] = {"arm": longest, "difference": gain, "low": low, "high": high}
+    report.figures["against_all_tokens"] = {"difference": gain, "low": low, "high": high}
     # Short trainings cannot show that the method fails.
-    holds = True if low >= -TOLERATED else None if longest == ours or high >= -TOLERATED else False
+    holds = True if low >= -TOLERATED else None
     report.findings.append(
         Finding(
             f"one token for {report.settings['scale_factor']} x {report.settings['scale_factor']} patches costs few "
             f"right answers (here: at most {100 * TOLERATED:.0f} points)",
             "table 1, 7B: 60.6 at 36 tokens (s = 4) against 62.0 at 576 tokens of LLaVA's own projector",
-            f"{longest}: {_percent(figures[longest]['accuracy'])} at {figures[longest]['visual_tokens']} tokens, "
+            f"{ours}: {_percent(figures[ours]['accuracy'])} at {figures[ours]['visual_tokens']} tokens, "
             f"{ALL_TOKENS}: {_percent(figures[ALL_TOKENS]['accuracy'])} at {all_tokens}; difference "
             f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]",
             holds,

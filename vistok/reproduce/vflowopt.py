@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vistok.errors import InvalidInputError
 from vistok.metrics.pruning import KEEP_RATIOS, Target, held_out_questions
 from vistok.metrics.pruning.asking import Asker
 from vistok.pruners import Pruner, Settings, VFlowOpt, search
@@ -127,17 +128,21 @@ def _search(lab: Lab, trials: int, samples: int, seed: int) -> dict[float, Searc
 
         with warnings.catch_warnings():  # points whose threshold no token reaches fall back, and say so each time
             warnings.simplefilter("ignore", UserWarning)
-            found[target] = search(
-                lab.model,
-                [batch],
-                target=target,
-                trials=trials,
-                box=box,
-                seed=42 + seed,
-                storage=Path(lab.output) / "search.journal",
-                study_name=f"{lab.name} {target:g} {samples} {seed}",
-                on_trial=tell,
-            )
+            try:
+                found[target] = search(
+                    lab.model,
+                    [batch],
+                    target=target,
+                    trials=trials,
+                    box=box,
+                    seed=42 + seed,
+                    storage=Path(lab.output) / "search.journal",
+                    study_name=f"{lab.name} {target:g} {samples} {seed}",
+                    on_trial=tell,
+                )
+            except InvalidInputError as error:
+                lab.report.notes.append(f"search at {target:g}: {error}")
+                continue
         lab.report.figures.setdefault("search", {})[f"{target:g}"] = {
             "settings": asdict(found[target].settings),
             "layers": list(found[target].layers),
@@ -150,16 +155,22 @@ def _search(lab: Lab, trials: int, samples: int, seed: int) -> dict[float, Searc
     return found
 
 
-def _pruner(found: Mapping[float, SearchResult], target: Target, **options: Any) -> Pruner:
+def _found(found: Mapping[float, SearchResult], target: Target) -> SearchResult:
     assert target.keep_ratio is not None
-    result = found[target.keep_ratio]
+    if target.keep_ratio not in found:
+        raise InvalidInputError("the search found no settings that keep so few tokens")
+    return found[target.keep_ratio]
+
+
+def _pruner(found: Mapping[float, SearchResult], target: Target, **options: Any) -> Pruner:
+    result = _found(found, target)
     return VFlowOpt(result.settings, layers=result.layers, **options)
 
 
 def _centre(found: Mapping[float, SearchResult], target: Target) -> Pruner:
     """Every variable in the middle of the box, the last ratio solved for the budget."""
     assert target.keep_ratio is not None
-    layers = found[target.keep_ratio].layers
+    layers = _found(found, target).layers
     middle = {name: (low + high) / 2 for name, (low, high) in box_for(target.keep_ratio).items()}
     counts = (layers[0], layers[1] - layers[0], target.depth - layers[1])
     last = last_ratio(target.keep_ratio, middle["first"], middle["second"], counts)
@@ -171,7 +182,7 @@ def _centre(found: Mapping[float, SearchResult], target: Target) -> Pruner:
 def _one_stage(found: Mapping[float, SearchResult], target: Target) -> Pruner:
     """The searched importance and cells, everything pruned before the language model."""
     assert target.keep_ratio is not None
-    one = found[target.keep_ratio].settings
+    one = _found(found, target).settings
     settings = Settings((target.keep_ratio,), one.threshold, one.cell_size, one.entropy_weight)
     return VFlowOpt(settings, layers=())
 

@@ -332,8 +332,10 @@ class KLModel(VistokModel, AutoencoderKL):
         return KLModelOutput(self._decoded(latents), posterior, weight * posterior.kl().mean())
 
     def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Squared error plus the KL divergence (for the published objective with its absolute, perceptual and adversarial
-        terms see `KLLoss`). Alone, the absolute error of a scene is content with greys for a long time.
+        """Squared error plus the KL divergence.
+
+        The published objective with its absolute, perceptual and adversarial terms is `KLLoss`. The absolute error
+        alone is content with grey scenes for a long time.
 
         Args:
             batch: `images` [B, 3, H, W] in [-1, 1].

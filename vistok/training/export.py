@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vistok.errors import CheckpointError, InvalidInputError
-from vistok.files import read_state_dict, save_tensors, write_text_atomic
+from vistok.files import PACKED_FILE, pack_rows, read_state_dict, save_tensors, write_text_atomic
 from vistok.nn.model import VistokModel, describe_mismatch
 from vistok.registry import system_class
 
@@ -46,7 +46,8 @@ def export(
         max_bytes: refuse larger weights.
 
     Returns:
-        The folder: `config.json`, `diffusion_pytorch_model.safetensors` (bf16), `vistok.json`, `README.md`.
+        The folder: `config.json`, `diffusion_pytorch_model.safetensors` (bf16) or, of a generator,
+        `packed.safetensors` (see `vistok.files.pack_rows`), `vistok.json`, `README.md`.
 
     Raises:
         CheckpointError: the run has no whole checkpoint, or its weights do not fit the recipe's network.
@@ -96,10 +97,14 @@ def write_model(
     tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
     if hasattr(model, "shipped_keys"):  # heads that only training needs stay behind
         tensors = {key: tensors[key] for key in model.shipped_keys()}
+    form = str(dtype).removeprefix("torch.")
+    packed = dtype == torch.bfloat16 and is_packed(model)
+    if packed:
+        tensors, form = pack_rows(tensors), "int8 rows"
     size = largest_file(model, tensors)
     if max_bytes is not None and size > max_bytes:
         raise InvalidInputError(
-            f"{recipe.name} takes {size / 2**20:.2f} MiB in {str(dtype).removeprefix('torch.')}; at most "
+            f"{recipe.name} takes {size / 2**20:.2f} MiB in {form}; at most "
             f"{max_bytes / 2**20:.2f} MiB may ship: train a smaller network"
         )
     if hasattr(model, "denoise"):  # a decoder that draws: the recipe's settings are its own
@@ -114,10 +119,17 @@ def write_model(
         model.save_transformers(folder, tensors)
     else:
         model.save_config(folder)
-        save_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
+        save_tensors(folder / (PACKED_FILE if packed else WEIGHTS_FILE), tensors, metadata={"format": "pt"})
     write_text_atomic(folder / "vistok.json", json.dumps(facts, indent=2) + "\n")
-    card = _card(name, recipe, facts, step, f"{size / 2**20:.2f} MiB of {str(dtype).removeprefix('torch.')}", figures)
+    card = _card(name, recipe, facts, step, f"{size / 2**20:.2f} MiB of {form}", figures)
     write_text_atomic(folder / "README.md", card)
+
+
+def is_packed(model: VistokModel) -> bool:
+    """Whether a network ships as int8 rows: generators do. Tokenizers do not, for generators learn their exact tokens;
+    stock pipelines and stock models cannot."""
+    stock = hasattr(model, "save_pipeline") or hasattr(model, "is_stock")
+    return (hasattr(model, "generate") or model.system == "seed-unclip") and not stock
 
 
 def largest_file(model: VistokModel, tensors: Mapping[str, Tensor]) -> int:

@@ -215,16 +215,18 @@ class ShapesQuestions:
         for item in questions(scene):
             by_kind.setdefault(item.kind, []).append(item)
         for found in by_kind.values():
-            rng.shuffle(found)  # type: ignore[arg-type]
+            rng.shuffle(found)
         listed = []
         while by_kind:
             kinds = list(by_kind)
             rng.shuffle(kinds)
             for kind in kinds:
-                item = by_kind[kind].pop()
-                listed.append((item.text, item.answer, kind))
-                if not by_kind[kind]:
-                    del by_kind[kind]
+                for _ in range(self.recipe.relations if kind == "relation" else 1):
+                    item = by_kind[kind].pop()
+                    listed.append((item.text, item.answer, kind))
+                    if not by_kind[kind]:
+                        del by_kind[kind]
+                        break
         if rng.random() < self.recipe.descriptions:
             listed.insert(0, ("describe the picture .", inventory(scene), "description"))
         return listed
@@ -498,7 +500,7 @@ class LabLlava(VistokModel):
         )
         self.llava.to(next(iter(tensors.values())).dtype)
         if self.config.projector == "tokenpacker":
-            save_llava(self.llava, folder)
+            save_llava(self.llava, folder, packed=self.llava.dtype == torch.bfloat16)
         else:
             self.llava.save_pretrained(folder)
         build_processor(self.config.image_size, self.config.patch_size * self.config.scale_factor).save_pretrained(

@@ -190,6 +190,7 @@ class ShapesQuestionsRecipe:
         objects: least and greatest number of objects in a scene.
         text_tokens: words of questions and answers a scene; as many questions as fit.
         descriptions: fraction of the scenes whose first question asks for a list of all objects.
+        relations: questions about relations, the hardest kind, for each one of the other kinds.
     """
 
     source: Literal["shapes-questions"]
@@ -198,6 +199,7 @@ class ShapesQuestionsRecipe:
     objects: tuple[int, int] = number((1, 3), 1, 3)
     text_tokens: int = number(96, 16, 4096)
     descriptions: float = number(0.0, 0.0, 1.0)
+    relations: int = number(1, 1, 16)
 
 
 @dataclass(frozen=True)

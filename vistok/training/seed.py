@@ -262,7 +262,8 @@ class SEEDMonitor:
         scenes = held_out_scenes(recipe)
         self.captions = [caption(scene) for scene in scenes]
         self.words = caption_words(self.captions, caption_tokenizer())
-        self.images = image_batch([render(scene, recipe.data.image_size) for scene in scenes])
+        side = getattr(recipe.data, "image_size", 64)
+        self.images = image_batch([render(scene, side) for scene in scenes])
 
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:

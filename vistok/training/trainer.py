@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
-from vistok.files import atomic_path, read_state_dict, write_text_atomic
+from vistok.files import PACKED_FILE, atomic_path, read_state_dict, write_text_atomic
 from vistok.nn.model import VistokModel
 from vistok.nn.text import TextCondition
 from vistok.registry import system_class
@@ -139,7 +139,7 @@ def read_weights(source: str) -> dict[str, Tensor]:
             for key, value in part.state_dict().items()
         }
     checkpoint = latest_checkpoint(folder)
-    candidates = [folder / WEIGHTS_FILE, folder / "ema.safetensors", folder / "model.safetensors"]
+    candidates = [folder / name for name in (WEIGHTS_FILE, PACKED_FILE, "ema.safetensors", "model.safetensors")]
     if checkpoint is not None:
         candidates += [checkpoint / "ema.safetensors", checkpoint / "model.safetensors"]
     for file in candidates:

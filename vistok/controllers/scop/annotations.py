@@ -12,12 +12,13 @@ import json
 import math
 import os
 import zipfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from vistok.errors import InvalidInputError
 
@@ -31,15 +32,24 @@ def iterate_json_arrays(stream: IO[str]) -> Iterator[tuple[str, Any]]:
 
     Reads in pieces: memory holds one item and one piece. Raises `InvalidInputError` where the text is no such JSON.
     """
+    for key, item, _, _ in _located_arrays(stream):
+        yield key, item
+
+
+def _located_arrays(stream: IO[str]) -> Iterator[tuple[str, Any, int, int]]:
+    """As `iterate_json_arrays`, with the first character of each item and the one behind its last."""
     decoder = json.JSONDecoder()
     buffer, place, ended = "", 0, False
+    passed = 0  # characters before the buffer
+    begin = 0
 
     def more() -> bool:
-        nonlocal buffer, place, ended
+        nonlocal buffer, place, ended, passed
         if ended:
             return False
         piece = stream.read(_CHUNK)
         ended = not piece
+        passed += place
         buffer, place = buffer[place:] + piece, 0
         return not ended
 
@@ -65,7 +75,7 @@ def iterate_json_arrays(stream: IO[str]) -> Iterator[tuple[str, Any]]:
         return sign
 
     def value() -> Any:
-        nonlocal place
+        nonlocal place, begin
         peek()
         while True:
             try:
@@ -80,7 +90,7 @@ def iterate_json_arrays(stream: IO[str]) -> Iterator[tuple[str, Any]]:
             number = isinstance(found, int | float) and not isinstance(found, bool)
             if number and buffer[end : end + 3].strip("0123456789.eE+-") == "" and more():
                 continue
-            place = end
+            begin, place = passed + place, end
             return found
 
     expect("{")
@@ -95,17 +105,18 @@ def iterate_json_arrays(stream: IO[str]) -> Iterator[tuple[str, Any]]:
                 place += 1
             else:
                 while True:
-                    yield key, value()
+                    item = value()
+                    yield key, item, begin, passed + place
                     if expect(",]") == "]":
                         break
         else:
-            yield key, value()
+            item = value()
+            yield key, item, begin, passed + place
         if expect(",}") == "}":
             return
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """One annotation.
 
     Attributes:
@@ -165,6 +176,8 @@ class AnnotationFile:
         self.problems: Counter[str] = Counter()
         self.categories: dict[Any, str] = {}
         self._member: str | None = None
+        # First character of each annotation and the one behind its last, once the file was read.
+        self._starts, self._ends = array("q"), array("q")
         if self.path.is_dir():
             inner = self.path / "annotations" / f"instances_{split}.json"
             if not inner.is_file():
@@ -210,9 +223,10 @@ class AnnotationFile:
         self.categories = {}
         number = -1
         seen = set()
+        self._starts, self._ends = array("q"), array("q")
         with self._open() as stream:
             try:
-                for key, entry in iterate_json_arrays(stream):
+                for key, entry, start, end in _located_arrays(stream):
                     seen.add(key)
                     if key == "images":
                         self._add_image(entry, known)
@@ -220,6 +234,8 @@ class AnnotationFile:
                         self._add_category(entry)
                     elif key == "annotations":
                         number += 1
+                        self._starts.append(start)
+                        self._ends.append(end)
                         box, image_id = self._box(number, entry)
                         if box is not None:
                             order.setdefault(image_id)
@@ -350,10 +366,17 @@ class AnnotationFile:
                         if place in numbers:
                             found[place] = raw
                 return found
-            for key, entry in iterate_json_arrays(stream):
-                if key != "annotations":
-                    continue
-                place += 1
-                if place in numbers:
-                    found[place] = entry
+            if not self._starts:
+                self.images()
+            # Only what was asked for is parsed; the rest is just read.
+            buffer, passed = "", 0
+            for place in sorted(numbers):
+                start, end = self._starts[place], self._ends[place]
+                while passed + len(buffer) < end:
+                    piece = stream.read(_CHUNK)
+                    if not piece:
+                        raise InvalidInputError(f"{self.path} was changed or cut while it was read")
+                    used = min(len(buffer), max(0, start - passed))
+                    buffer, passed = buffer[used:] + piece, passed + used
+                found[place] = json.loads(buffer[start - passed : end - passed])
         return found

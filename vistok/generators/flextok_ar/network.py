@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vistok.errors import InvalidInputError
+from vistok.nn.attention import attention
 from vistok.nn.cache import LayerCache
 from vistok.nn.norms import RMSNorm
 
@@ -86,9 +87,7 @@ class SelfAttention(nn.Module):
         length, mask = x.shape[1], None
         if before and length > 1:
             mask = torch.ones(length, before + length, dtype=torch.bool, device=x.device).tril(before)
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=not before and length > 1
-        )
+        attended = attention(query, key, value, mask, is_causal=not before and length > 1)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -112,7 +111,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, caption: Caption) -> Tensor:
         """[R, L, D] -> [R, L, D]."""
         query = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
-        attended = functional.scaled_dot_product_attention(query, caption.keys, caption.values, attn_mask=caption.mask)
+        attended = attention(query, caption.keys, caption.values, caption.mask)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from vistok.errors import InvalidInputError
 from vistok.nn import diffusion, flow, sampling
+from vistok.nn.attention import attention
 from vistok.nn.conditions import check_labels
 from vistok.nn.continuous import FiniteCheck, imagenet_checkpoint, known_values
 from vistok.nn.diffusion_head import TimestepEmbedding
@@ -397,12 +398,11 @@ class XAR(VistokModel):
         layout, dropout = self.layout, dropout if self.training else 0.0
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            attention = functional.scaled_dot_product_attention
             if not clean_context and layout.uniform == 1:
                 return attention(query, key, value, dropout_p=dropout, is_causal=True)
             if clean_context or not query.is_cuda or layout.num_entities > MOST_CALLS:
                 mask = attention_mask(*self._entities, clean_context, query.device)
-                return attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+                return attention(query, key, value, mask, dropout_p=dropout)
             return attend_to_prefixes(query, key, value, layout.starts, dropout)
 
         return attend

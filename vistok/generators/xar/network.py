@@ -160,7 +160,7 @@ class FeedForward(nn.Module):
 
 
 class PackedFeedForward:
-    """`FeedForward` for sampling on GPUs: one product for both halves, widths rounded up with zeros.
+    """`FeedForward` for sampling: one product for both halves; on GPUs, widths rounded up with zeros.
 
     Half-precision kernels want multiples of 8 (2730 and 3413, the widths of xAR-L and H, are none); GELU(0) * 0 is 0,
     so the padding changes nothing. The matrices are copies: a third of the weights again.

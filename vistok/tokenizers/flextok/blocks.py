@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vistok.errors import InvalidInputError
+from vistok.nn.attention import attention
 
 __all__ = [
     "Attend",
@@ -199,7 +200,7 @@ def masked_attention(mask: Tensor) -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        attended = attention(query, key, value, mask, scale=scale)
         return torch.where(mask.any(-1, keepdim=True), attended, 0.0).transpose(1, 2)
 
     return attend

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vistok.nn.attention import attention
+
 from .blocks import Attend, Block, Modulate, Norm, PatchEmbedding, PositionTable, TimeEmbedding, unpatchify
 
 __all__ = ["FlowDecoder", "RegisterEncoder", "Registers", "plan_groups"]
@@ -251,11 +253,11 @@ class _Rows(Modulate):
                     return torch.cat(pieces, dim=1).transpose(1, 2)
 
                 asked = query[own].unflatten(0, (count, -1)).transpose(1, 2) if patches_only else joined(query)
-                attended = functional.scaled_dot_product_attention(
+                attended = attention(
                     asked,
                     joined(key),
                     joined(value),
-                    attn_mask=None if bias is None else bias.to(asked.dtype),
+                    None if bias is None else bias.to(asked.dtype),
                     scale=scale,
                 ).transpose(1, 2)
                 of_patches.append(attended[:, : self.patches].flatten(0, 1))

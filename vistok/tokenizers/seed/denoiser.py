@@ -23,7 +23,13 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from vistok.errors import InvalidInputError
 from vistok.nn.model import VistokModel
@@ -59,6 +65,15 @@ def stock_autoencoder(model: AutoencoderKL) -> AutoencoderKL:
         stock = AutoencoderKL(**{name: value for name, value in model.config.items() if name in names})
     stock.load_state_dict(model.state_dict(), strict=True, assign=True)
     return stock.eval()
+
+
+def stand_in_encoder(embedding_size: int) -> CLIPVisionModelWithProjection:
+    """A CLIP of a few random weights."""
+    small = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPVisionConfig(**small, image_size=8, patch_size=8, projection_dim=embedding_size)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+        torch.manual_seed(0)
+        return CLIPVisionModelWithProjection(config).eval()
 
 
 class UnCLIPDenoiser(VistokModel):
@@ -216,7 +231,9 @@ class UnCLIPDenoiser(VistokModel):
     # ---- inference
 
     def pipeline(self, autoencoder: Any = None) -> Any:
-        """A stock `StableUnCLIPImg2ImgPipeline` of these weights (without the CLIP that would embed pictures).
+        """A stock `StableUnCLIPImg2ImgPipeline` of these weights, to be called with `image_embeds`.
+
+        Its image encoder is a random stand-in, of which the pipeline reads the type alone: embeddings come from a SEED.
 
         Args:
             autoencoder: KL tokenizer; None takes the one of `set_autoencoder`.
@@ -232,7 +249,7 @@ class UnCLIPDenoiser(VistokModel):
             raise InvalidInputError("the denoiser paints latents: give the KL tokenizer that makes pictures of them")
         pipeline = StableUnCLIPImg2ImgPipeline(
             feature_extractor=None,
-            image_encoder=None,
+            image_encoder=stand_in_encoder(self.config.embedding_size).to(self.device, self.dtype),
             image_normalizer=self.image_normalizer,
             image_noising_scheduler=self.image_noising_scheduler,
             tokenizer=self.text_tokenizer,

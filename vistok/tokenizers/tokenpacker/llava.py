@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vistok.attach import Handle
 from vistok.errors import CheckpointError, InvalidInputError
-from vistok.files import read_state_dict, save_tensors
+from vistok.files import PACKED_FILE, pack_rows, read_state_dict, save_tensors
 from vistok.nn.model import describe_mismatch
 
 if TYPE_CHECKING:
@@ -517,13 +517,23 @@ PROJECTOR_FOLDER = "projector"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def save_llava(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a LLaVA whose projector is a TokenPacker: its configuration, `projector/config.json` and all weights."""
+def save_llava(model: Any, folder: str | os.PathLike[str], *, packed: bool = False) -> None:
+    """Write a LLaVA whose projector is a TokenPacker: its configuration, `projector/config.json` and all weights.
+
+    Args:
+        model: the LLaVA.
+        folder: to write.
+        packed: int8 rows instead of the model's own type (see `vistok.files.pack_rows`).
+    """
     folder = Path(folder)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     model.model.multi_modal_projector.save_config(folder / PROJECTOR_FOLDER)
-    save_tensors(folder / WEIGHTS_FILE, model.state_dict(), metadata={"format": "pt"})
+    state = model.state_dict()
+    if packed:
+        save_tensors(folder / PACKED_FILE, pack_rows(state), metadata={"format": "pt"})
+    else:
+        save_tensors(folder / WEIGHTS_FILE, state, metadata={"format": "pt"})
 
 
 def load_llava(folder: str | os.PathLike[str]) -> Any:
@@ -537,7 +547,8 @@ def load_llava(folder: str | os.PathLike[str]) -> Any:
     from .model import TokenPacker
 
     folder = Path(folder)
-    state = read_state_dict(folder / WEIGHTS_FILE)
+    file = folder / PACKED_FILE
+    state = read_state_dict(file if file.is_file() else folder / WEIGHTS_FILE)
     try:
         config = LlavaConfig.from_pretrained(folder)
         arguments = json.loads((folder / PROJECTOR_FOLDER / "config.json").read_text(encoding="utf-8"))
