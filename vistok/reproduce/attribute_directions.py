@@ -444,9 +444,9 @@ def _judge(attribute: str, arms: Mapping[str, Arm], report: Report) -> None:
 def _against_adjective(
     attribute: str, arms: Mapping[str, Arm], curves: Mapping[str, AttributeResponse | None], shifts: Mapping[str, Any]
 ) -> Finding:
-    gaps = mean_interval(
-        [other - one for one, other in zip(arms["learned"].shifts(), arms[BASELINE].shifts(), strict=True)]
-    )
+    # Of both methods the one that moves more, prompt by prompt: a direction without effect would leave all in place.
+    steered = [max(pair) for pair in zip(*(arms[method].shifts() for method in METHODS), strict=True)]
+    gaps = mean_interval([other - one for one, other in zip(steered, arms[BASELINE].shifts(), strict=True)])
     parts = []
     for name, curve in curves.items():
         if curve is not None:
@@ -454,7 +454,7 @@ def _against_adjective(
                 f"{name}: other object moves {shifts[name].value:.2f} px, changes {100 * curve.absolute_spill:.0f} % "
                 f"of the subject's change, rho {curve.within:.2f}"
             )
-    parts.append(f"the adjective moves the other object {gaps} px more than the learned direction")
+    parts.append(f"the adjective moves the other object {gaps} px more than the worse of both directions")
     return Finding(
         f"steering {attribute} leaves the rest of the picture where it is, editing the prompt's adjective does not",
         "directions keep the layout, other prompts draw other pictures (shown in pictures)",

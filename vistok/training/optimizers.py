@@ -31,12 +31,17 @@ def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[di
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights [out, in] of linear layers between hidden states: no embeddings, no layer that names a vocabulary."""
+    """Weights [out, in] of linear layers between hidden states: no embeddings, no layer that names a vocabulary.
+
+    A square layer counts as hidden even where the vocabulary is as large as the width.
+    """
     widest = getattr(getattr(model, "config", None), "vocab_size", None)
     return [
         module.weight
         for module in model.modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad and module.out_features != widest
+        if isinstance(module, nn.Linear)
+        and module.weight.requires_grad
+        and (module.out_features != widest or module.in_features == widest)
     ]
 
 
