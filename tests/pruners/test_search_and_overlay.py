@@ -22,7 +22,7 @@ def test_search_resumes_and_repeats(tmp_path: Path) -> None:
     model = build("llava_onevision")
     samples = [prompt(model, "llava_onevision", seed) for seed in range(2)]
     options = {"target": 0.4, "random_trials": 3, "box": BOX, "layers": (1, 3)}
-    journal = tmp_path / "journal"
+    journal = tmp_path / "new" / "journal"
     seen: list[int] = []
     first = search(model, samples, trials=2, storage=journal, on_trial=lambda done, *_: seen.append(done), **options)
     second = search(model, samples, trials=4, storage=journal, on_trial=lambda done, *_: seen.append(done), **options)

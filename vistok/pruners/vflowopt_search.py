@@ -247,6 +247,7 @@ def search(
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
 
+            Path(storage).parent.mkdir(parents=True, exist_ok=True)
             store = JournalStorage(JournalFileBackend(str(storage)))
         study = optuna.create_study(study_name=study_name, storage=store, direction="maximize", load_if_exists=True)
         done = len([one for one in study.trials if one.state.name == "COMPLETE"])

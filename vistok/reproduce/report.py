@@ -76,10 +76,25 @@ class Report:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
+    def to_markdown(self) -> str:
+        """A section for a page: the findings as a table, then the picture and the notes."""
+        lines = [f"## {self.name}", "", f"{self.title}. {self.paper}.", ""]
+        if not self.complete:
+            lines += ["**Incomplete: the run was interrupted; these are the stages that finished.**", ""]
+        lines += ["| claim | paper | measured | verdict |", "|---|---|---|---|"]
+        for finding in self.findings:
+            cells = (finding.claim, finding.paper, finding.measured, f"**{finding.verdict}**")
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        if self.picture is not None:
+            lines += ["", f"![{self.name}]({self.picture})"]
+        lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines).rstrip() + "\n"
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `NAME.json` (atomically)."""
+        """Write `NAME.json` and `NAME.md` (each atomically); the path of the first."""
         path = Path(folder) / f"{self.name}.json"
         write_text_atomic(path, self.to_json() + "\n")
+        write_text_atomic(path.with_suffix(".md"), self.to_markdown())
         return path
 
     def __str__(self) -> str:

@@ -407,11 +407,12 @@ def _draw(report: Report, path: Path) -> None:
         )
     left.set_xticks(range(len(kinds)), kinds)
     left.set_ylabel("right answers, %")
-    left.set_ylim(0, 104)
-    left.legend(fontsize=8, loc="lower left")
+    left.set_ylim(0, 145)  # room for the legend above the bars
+    left.set_yticks(range(0, 101, 20))
+    left.legend(fontsize=8, loc="upper left", ncols=2)
     left.set_title("by kind of question (Wilson intervals at 95 %)", fontsize=10)
     right.set_xscale("log")
-    right.set_xlabel("million operations: picture and question to the first word")
+    right.set_xlabel("million operations up to the first word")
     right.set_ylabel("right answers, %")
     right.set_title("accuracy against cost", fontsize=10)
     for axes in (left, right):
