@@ -78,7 +78,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """A section for a page: the findings as a table, then the picture and the notes."""
-        lines = [f"## {self.name}", "", f"{self.title}. {self.paper}.", ""]
+        lines = [f"## {self.name}", "", f"{self.title[:1].upper()}{self.title[1:]}. {self.paper}.", ""]
         if not self.complete:
             lines += ["**Incomplete: the run was interrupted; these are the stages that finished.**", ""]
         lines += ["| claim | paper | measured | verdict |", "|---|---|---|---|"]
