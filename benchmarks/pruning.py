@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tell(row)
     print("attention that tokens receive: needed rows against the whole matrix")
     attention = measure_rows(given, clock)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+    settings = {name: value for name, value in vars(given).items() if not isinstance(value, Path)}
     save(
         given.output.with_suffix(".json"),
         {"settings": settings, "clock": counted, "rows": rows, "attention": attention},
