@@ -99,9 +99,10 @@ def write_model(
         tensors = {key: tensors[key] for key in model.shipped_keys()}
     form = str(dtype).removeprefix("torch.")
     packed = dtype == torch.bfloat16 and is_packed(model)
+    shipped = tensors
     if packed:
-        tensors, form = pack_rows(tensors), "int8 rows"
-    size = largest_file(model, tensors)
+        shipped, form = pack_rows(tensors), "int8 rows"
+    size = largest_file(model, shipped)
     if max_bytes is not None and size > max_bytes:
         raise InvalidInputError(
             f"{recipe.name} takes {size / 2**20:.2f} MiB in {form}; at most "
@@ -119,17 +120,20 @@ def write_model(
         model.save_transformers(folder, tensors)
     else:
         model.save_config(folder)
-        save_tensors(folder / (PACKED_FILE if packed else WEIGHTS_FILE), tensors, metadata={"format": "pt"})
+        save_tensors(folder / (PACKED_FILE if packed else WEIGHTS_FILE), shipped, metadata={"format": "pt"})
     write_text_atomic(folder / "vistok.json", json.dumps(facts, indent=2) + "\n")
     card = _card(name, recipe, facts, step, f"{size / 2**20:.2f} MiB of {form}", figures)
     write_text_atomic(folder / "README.md", card)
 
 
 def is_packed(model: VistokModel) -> bool:
-    """Whether a network ships as int8 rows: generators do. Tokenizers do not, for generators learn their exact tokens;
-    stock pipelines and stock models cannot."""
-    stock = hasattr(model, "save_pipeline") or hasattr(model, "is_stock")
-    return (hasattr(model, "generate") or model.system == "seed-unclip") and not stock
+    """Whether a network ships as int8 rows: generators do, and networks that say so (`ships_packed`).
+
+    Tokenizers do not, for generators learn their exact tokens; stock pipelines and stock models cannot.
+    """
+    if hasattr(model, "save_pipeline") or hasattr(model, "is_stock"):
+        return bool(getattr(model, "ships_packed", False))
+    return bool(getattr(model, "ships_packed", hasattr(model, "generate")))
 
 
 def largest_file(model: VistokModel, tensors: Mapping[str, Tensor]) -> int:

@@ -482,6 +482,11 @@ class LabLlava(VistokModel):
         """Whether `save_transformers` can write it."""
         return self.config.projector in ("mlp", "tokenpacker")
 
+    @property
+    def ships_packed(self) -> bool:
+        """Whether its file is read by `vistok.load` alone, so that it may be packed."""
+        return self.config.projector == "tokenpacker"
+
     def shipped_keys(self) -> list[str]:
         """The tensors that belong to the LLaVA; all of them where no LLaVA is written."""
         return [key for key in self.state_dict() if not self.is_stock or key.startswith("llava.")]

@@ -95,6 +95,7 @@ class UnCLIPDenoiser(VistokModel):
     """
 
     system: ClassVar[str] = "seed-unclip"
+    ships_packed: ClassVar[bool] = True
 
     @register_to_config
     def __init__(
