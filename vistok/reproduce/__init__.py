@@ -89,7 +89,7 @@ CLAIMS: dict[str, Claim] = {
             "visual tokens chosen by their transitions and the question's attention: few left, the same answers",
             "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model (arXiv:2507.20630)",
             ("llava-shapes",),
-            4.0,
+            5.5,
         ),
         Claim(
             "fopru",
@@ -104,7 +104,7 @@ CLAIMS: dict[str, Claim] = {
             "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization "
             "(arXiv:2508.05211)",
             ("llava-shapes",),
-            4.0,
+            4.5,
         ),
         Claim(
             "attribute-directions",
@@ -112,7 +112,7 @@ CLAIMS: dict[str, Claim] = {
             "Continuous, Subject-Specific Attribute Control in T2I Models by Identifying Semantic Directions "
             "(arXiv:2403.17064)",
             ("t2i-shapes",),
-            4.0,
+            6.5,
         ),
         Claim(
             "compass",
@@ -132,7 +132,7 @@ CLAIMS: dict[str, Claim] = {
             "encoding an item without its context stops leakage, and most tokens of an item are redundant",
             "Follow the Flow: On Information Flow Across Textual Tokens in Text-to-Image Models (arXiv:2504.01137)",
             ("t2i-shapes",),
-            2.0,
+            2.5,
         ),
     )
 }

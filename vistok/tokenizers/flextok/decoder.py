@@ -105,13 +105,11 @@ class RegisterEncoder(nn.Module):
 
         def attend_registers(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             query, key, value = (part.transpose(1, 2) for part in (query[:, total:], key, value))
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(
-                1, 2
-            )
+            return attention(query, key, value, mask, scale=scale).transpose(1, 2)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             own_query, own_key, own_value = (part[:, :total].transpose(1, 2) for part in (query, key, value))
-            seen = functional.scaled_dot_product_attention(own_query, own_key, own_value, scale=scale).transpose(1, 2)
+            seen = attention(own_query, own_key, own_value, scale=scale).transpose(1, 2)
             return torch.cat([seen, attend_registers(query, key, value, scale)], dim=1)
 
         for block in self.blocks[:-1]:
