@@ -33,6 +33,7 @@ __all__ = [
 PACKED_FILE = "packed.safetensors"
 SCALE_SUFFIX = ".row_scale"
 SMALLEST_PACKED = 4096  # values; biases, norms and small tables stay as they are
+SHORTEST_PACKED_ROW = 16  # values; of shorter rows the scales would eat up what is saved
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt"}
 # Decoding more pixels than this takes gigabytes; PIL only warns from here on.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -98,7 +99,8 @@ def pack_rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     packed = {}
     for name, value in tensors.items():
-        if not value.is_floating_point() or value.ndim < 2 or value.numel() < SMALLEST_PACKED:
+        small = value.ndim < 2 or value.numel() < SMALLEST_PACKED or value[0].numel() < SHORTEST_PACKED_ROW
+        if not value.is_floating_point() or small:
             packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value
             continue
         rows = value.detach().float().flatten(1)

@@ -306,8 +306,8 @@ def _lab_pipeline(name: str) -> Path | None:
 def _text_to_image(folder: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
     """A `StableDiffusionPipeline` as diffusers loads it, without its bars, in eval mode.
 
-    A fine-tuning holds the weights of the UNet that it changed, and names its base; one that learned with TENOR has it
-    attached.
+    A shipped one has no VAE: it names the KL tokenizer. A fine-tuning holds the weights of the UNet that it changed, and
+    names its base; one that learned with TENOR has it attached.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -318,7 +318,8 @@ def _text_to_image(folder: Path, device: torch.device | str | None, dtype: torch
     facts = _read_facts(folder / FACTS_FILE)
     if "base" in facts:
         pipe = load(facts["base"], device=target, dtype=dtype)
-        changed = read_state_dict(folder / "unet.safetensors")
+        packed = folder / PACKED_FILE
+        changed = read_state_dict(packed if packed.is_file() else folder / "unet.safetensors")
         own = pipe.unet.state_dict()
         strange = [key for key, value in changed.items() if key not in own or own[key].shape != value.shape]
         if strange:
@@ -331,11 +332,16 @@ def _text_to_image(folder: Path, device: torch.device | str | None, dtype: torch
         return pipe
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    parts = {}
+    if not (folder / "vae").is_dir() and "tokenizer" in facts:
+        from vistok.tokenizers.kl import stock_autoencoder
+
+        parts["vae"] = stock_autoencoder(load(facts["tokenizer"], device="cpu", dtype=dtype))
     with warnings.catch_warnings():
         # Newer diffusers call this argument `dtype` and warn; the oldest that we take know only this name.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype or torch.float32)
+            pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype or torch.float32, **parts)
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder} holds no pipeline that can be loaded: {_reason(error)}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -38,10 +38,10 @@ def test_a_tokenizer_is_exported_with_its_facts(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",
-        "diffusion_pytorch_model.safetensors",
+        "packed.safetensors",
         "vistok.json",
     ]
-    stored = read_state_dict(folder / "diffusion_pytorch_model.safetensors")
+    stored = read_state_dict(folder / "packed.safetensors")
     assert stored["decoder.conv_out.weight"].dtype == torch.bfloat16
     assert stored["quantizer.usage_queue"].dtype == torch.int32
     assert torch.equal(stored["decoder.conv_out.weight"], averaged["decoder.conv_out.weight"].bfloat16())
@@ -84,7 +84,7 @@ def test_a_generator_names_its_classes_and_partners(tmp_path):
 
 def test_large_or_foreign_weights_are_refused(tmp_path):
     write_run(tmp_path / "run", vq_recipe())
-    with pytest.raises(InvalidInputError, match=r"MiB in bfloat16; at most 0\.01 MiB may ship"):
+    with pytest.raises(InvalidInputError, match=r"MiB in int8 rows; at most 0\.01 MiB may ship"):
         export(tmp_path / "run", None, tmp_path / "assets", max_bytes=10_000)
     assert not (tmp_path / "assets").exists()
     other = parse_recipe({**vq_values(), "model": {"system": "vq", "config": {**VQ, "codebook_size": 8}}})

@@ -18,10 +18,12 @@ from vistok import hub
 from vistok.cli import main
 from vistok.data.shapes import VOCABULARY
 from vistok.errors import CheckpointError, InvalidInputError
+from vistok.files import PACKED_FILE, read_state_dict
 from vistok.tokenizers import KLModel
-from vistok.training.export import export
+from vistok.tokenizers.kl import stock_autoencoder
+from vistok.training.export import export, write_model
 from vistok.training.recipe import Recipe, load_recipe, parse_recipe
-from vistok.training.text_to_image import TextToImage, build_clip_tokenizer, reworded, stock_autoencoder
+from vistok.training.text_to_image import TextToImage, build_clip_tokenizer, reworded
 from vistok.training.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -148,8 +150,10 @@ def test_captions_in_other_words_need_a_loss_without_heads() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- pipeline
-def test_the_exported_folder_is_a_stock_pipeline(base: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(str(base))
+def test_what_ships_becomes_a_stock_pipeline(base: Path, tmp_path: Path) -> None:
+    assert not (base / "vae").exists()
+    vistok.load(str(base)).save_pretrained(str(tmp_path))
+    pipe = DiffusionPipeline.from_pretrained(str(tmp_path))
     assert type(pipe) is StableDiffusionPipeline
     assert type(pipe.vae) is AutoencoderKL
     assert isinstance(pipe.text_encoder, CLIPTextModel)
@@ -167,6 +171,14 @@ def test_the_exported_folder_is_a_stock_pipeline(base: Path) -> None:
         assert type(found) is StableDiffusionPipeline
         assert {part.dtype for part in (found.unet, found.vae, found.text_encoder)} == {torch.float32}
         assert np.array_equal(draw(found, "a red circle"), alone)
+
+
+def test_a_run_writes_a_stock_pipeline(base: Path, tmp_path: Path) -> None:
+    write_model(base.parent / "run", tmp_path / "model", "mine")
+    pipe = DiffusionPipeline.from_pretrained(str(tmp_path / "model"))
+    assert type(pipe.vae) is AutoencoderKL
+    own = vistok.load("kl.tiny").state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in pipe.vae.state_dict().items())
 
 
 def test_latents_mean_the_same_to_the_tokenizer_and_to_the_pipeline() -> None:
@@ -214,8 +226,8 @@ def test_a_fine_tuning_ships_what_it_changed_and_keeps_tenor(base: Path, tmp_pat
     assert changed
     assert all("mid_block" in key and ".attn" in key for key in changed)
     folder = export(tmp_path / "run", None, tmp_path)
-    assert {file.name for file in folder.iterdir()} == {"unet.safetensors", "vistok.json", "README.md"}
-    shipped = load_file(folder / "unet.safetensors")
+    assert {file.name for file in folder.iterdir()} == {PACKED_FILE, "vistok.json", "README.md"}
+    shipped = read_state_dict(folder / PACKED_FILE)
     assert set(shipped) == changed
     pipe, plain = vistok.load(str(folder)), vistok.load(str(base))
     processor = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor

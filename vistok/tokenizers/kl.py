@@ -13,6 +13,7 @@ N = (h / p) (w / p) tokens an image, D = C p^2 channels of a token, f pixels a t
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -54,6 +55,7 @@ __all__ = [
     "LatentStatistics",
     "load_moments",
     "save_moments",
+    "stock_autoencoder",
     "to_uint8",
 ]
 
@@ -195,6 +197,8 @@ class KLModel(VistokModel, AutoencoderKL):
     """
 
     system: ClassVar[str] = "kl"
+    # diffusers' own class reads its folder.
+    ships_packed: ClassVar[bool] = False
     published: ClassVar[dict[str, Published]] = {
         "kl16.mar": Published(
             name="kl16.mar",
@@ -704,6 +708,20 @@ RENAMES: tuple[tuple[str, str], ...] = (
 )
 ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 EARLY_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def stock_autoencoder(model: AutoencoderKL) -> AutoencoderKL:
+    """The plain diffusers class of an auto-encoder, which pipelines expect, on the same weights.
+
+    Its latents times its `scaling_factor` are the tokens of a KL tokenizer.
+    """
+    if type(model) is AutoencoderKL:
+        return model
+    names = inspect.signature(AutoencoderKL.__init__).parameters
+    with torch.device("meta"):
+        stock = AutoencoderKL(**{name: value for name, value in model.config.items() if name in names})
+    stock.load_state_dict(model.state_dict(), strict=True, assign=True)
+    return stock.eval()
 
 
 def diffusers_key(key: str, levels: int) -> str:

@@ -46,8 +46,8 @@ def export(
         max_bytes: refuse larger weights.
 
     Returns:
-        The folder: `config.json`, `diffusion_pytorch_model.safetensors` (bf16) or, of a generator,
-        `packed.safetensors` (see `vistok.files.pack_rows`), `vistok.json`, `README.md`.
+        The folder: `config.json`, `packed.safetensors` (see `vistok.files.pack_rows`) or, where `is_packed` says no,
+        `diffusion_pytorch_model.safetensors` (bf16), `vistok.json`, `README.md`.
 
     Raises:
         CheckpointError: the run has no whole checkpoint, or its weights do not fit the recipe's network.
@@ -115,7 +115,8 @@ def write_model(
     figures = _last_figures(read_metrics(run_dir))
     if hasattr(model, "save_pipeline"):  # a stock pipeline of diffusers
         model.load_state_dict(weights)
-        model.save_pipeline(folder, recipe.tokenizer, dtype, recipe.model.trained)
+        # What ships names its tokenizer instead of holding it a second time.
+        model.save_pipeline(folder, recipe.tokenizer, dtype, recipe.model.trained, shipped=dtype == torch.bfloat16)
     elif getattr(model, "is_stock", False):  # a stock model of transformers
         model.save_transformers(folder, tensors)
     else:
@@ -127,13 +128,12 @@ def write_model(
 
 
 def is_packed(model: VistokModel) -> bool:
-    """Whether a network ships as int8 rows: generators do, and networks that say so (`ships_packed`).
+    """Whether a network ships as int8 rows: our own do, and what says so (`ships_packed`).
 
-    Tokenizers do not, for generators learn their exact tokens; stock pipelines and stock models cannot.
+    What a stock class of diffusers or transformers reads by itself cannot.
     """
-    if hasattr(model, "save_pipeline") or hasattr(model, "is_stock"):
-        return bool(getattr(model, "ships_packed", False))
-    return bool(getattr(model, "ships_packed", hasattr(model, "generate")))
+    stock = hasattr(model, "save_pipeline") or hasattr(model, "is_stock")
+    return bool(getattr(model, "ships_packed", not stock))
 
 
 def largest_file(model: VistokModel, tensors: Mapping[str, Tensor]) -> int:

@@ -13,9 +13,9 @@ Letters: B captions or images, N text positions, D text channels, C latent chann
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,9 +30,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vistok.controllers import Tenor
 from vistok.data.shapes import SHAPES, VOCABULARY, caption, parse_caption, render, sample_scene
-from vistok.files import save_tensors
+from vistok.files import PACKED_FILE, pack_rows, save_tensors
 from vistok.metrics.accuracy import caption_accuracy
 from vistok.nn.model import VistokModel
+from vistok.tokenizers.kl import stock_autoencoder
 
 from .caption_encoder import ATTRIBUTES, MAX_OBJECTS, description_targets
 from .monitors import EVALUATION_BATCH, HELD_OUT_SCENES, picture_grid
@@ -46,6 +47,7 @@ PAD = -100  # targets that count for nothing
 OPENINGS = ("a photo of", "a picture of", "an image of")
 OPENING_SHARE, SHORT_RELATION_SHARE = 0.2, 0.4
 SAMPLED = 96
+CHANGED_FILE = "unet.safetensors"
 MARKS = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -281,16 +283,20 @@ class TextToImage(VistokModel):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def save_pipeline(self, folder: Path, tokenizer: str, dtype: torch.dtype, trained: Sequence[str] = ()) -> None:
+    def save_pipeline(
+        self, folder: Path, tokenizer: str, dtype: torch.dtype, trained: Sequence[str] = (), *, shipped: bool = False
+    ) -> None:
         """Write a folder for `DiffusionPipeline.from_pretrained`; changes the types of the own weights.
 
         Args:
             folder: where to.
             tokenizer: name of the KL tokenizer; written as a stock `AutoencoderKL`.
             trained: beginnings of the weights that a fine-tuning has changed; only those of the UNet are written then,
-                as `unet.safetensors`, for `vistok.load` to put into the base pipeline.
+                for `vistok.load` to put into the base pipeline.
             dtype: of UNet and VAE. The text encoder stays float32: transformers, other than diffusers, keeps the type
                 of the file when it loads.
+            shipped: only for `vistok.load`: without the VAE, which is a checkpoint of its own, and with a fine-tuning's
+                weights packed.
         """
         from vistok import hub
 
@@ -300,7 +306,8 @@ class TextToImage(VistokModel):
                 for key, value in self.state_dict().items()
                 if key.startswith("unet.") and key.startswith(tuple(trained))
             }
-            save_tensors(folder / "unet.safetensors", changed, metadata={"format": "pt"})
+            file = folder / (PACKED_FILE if shipped else CHANGED_FILE)
+            save_tensors(file, pack_rows(changed) if shipped else changed, metadata={"format": "pt"})
             return
         vae = stock_autoencoder(hub.load(tokenizer)).to(dtype)
         self.unet.to(dtype)
@@ -312,18 +319,10 @@ class TextToImage(VistokModel):
             self.pipeline(vae).save_pretrained(folder, safe_serialization=True)
         finally:
             quiet.setLevel(level)
+        if shipped:
+            shutil.rmtree(folder / "vae")
         for file in folder.rglob("*.safetensors"):  # the libraries write weights for their owner alone
             file.chmod(0o644)
-
-
-def stock_autoencoder(vae: Any) -> AutoencoderKL:
-    """A KL tokenizer as diffusers' own class (the same latents: its tokens are latents times the scale)."""
-    if type(vae) is AutoencoderKL:
-        return vae
-    known = inspect.signature(AutoencoderKL.__init__).parameters
-    stock = AutoencoderKL(**{key: value for key, value in vae.config.items() if key in known})
-    stock.load_state_dict(vae.state_dict())
-    return stock.to(vae.device).eval()
 
 
 def build_scheduler() -> DDIMScheduler:

@@ -9,7 +9,6 @@ Shape letters: B pictures, C latent channels, h, w latent rows and columns, E im
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -33,6 +32,7 @@ from transformers import (
 
 from vistok.errors import InvalidInputError
 from vistok.nn.model import VistokModel
+from vistok.tokenizers.kl import stock_autoencoder
 
 from .unclip import UnCLIPDecoder
 
@@ -56,15 +56,6 @@ def empty_prompt_tokenizer(length: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="!", model_max_length=length
     )
-
-
-def stock_autoencoder(model: AutoencoderKL) -> AutoencoderKL:
-    """The plain diffusers class of an auto-encoder, which pipelines expect, on the same weights."""
-    names = inspect.signature(AutoencoderKL.__init__).parameters
-    with torch.device("meta"):
-        stock = AutoencoderKL(**{name: value for name, value in model.config.items() if name in names})
-    stock.load_state_dict(model.state_dict(), strict=True, assign=True)
-    return stock.eval()
 
 
 def stand_in_encoder(embedding_size: int) -> CLIPVisionModelWithProjection:
@@ -95,7 +86,6 @@ class UnCLIPDenoiser(VistokModel):
     """
 
     system: ClassVar[str] = "seed-unclip"
-    ships_packed: ClassVar[bool] = True
 
     @register_to_config
     def __init__(
