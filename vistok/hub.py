@@ -306,8 +306,8 @@ def _lab_pipeline(name: str) -> Path | None:
 def _text_to_image(folder: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
     """A `StableDiffusionPipeline` as diffusers loads it, without its bars, in eval mode.
 
-    A shipped one has no VAE: it names the KL tokenizer. A fine-tuning holds the weights of the UNet that it changed, and
-    names its base; one that learned with TENOR has it attached.
+    A shipped one has no VAE: it names the KL tokenizer. A fine-tuning holds the weights of the UNet that it changed,
+    and names its base; one that learned with TENOR has it attached.
     """
     import torch
     from diffusers import DiffusionPipeline

@@ -11,9 +11,11 @@ import torch
 from tests.training.common import generator_values, vq_values
 from vistok import hub
 from vistok.errors import InvalidInputError
+from vistok.metrics.features import ShapesFeatures
 from vistok.tokenizers.flextok import FlexTok
 from vistok.tokenizers.kl import KLModel
 from vistok.training import monitors
+from vistok.training.logs import read_metrics
 from vistok.training.monitors import TokenizerMonitor
 from vistok.training.recipe import load_recipe, parse_recipe
 from vistok.training.sources import ShapesImages, open_source
@@ -227,6 +229,34 @@ def test_on_the_latents_of_another_tokenizer_pictures_are_encoded_once_and_the_a
     same = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(0)}
     assert torch.equal(drawn, model.decode(tokens, **same))
     assert drawn.shape == images.shape
+
+
+def test_a_teacher_is_read_once_and_its_head_stays_behind(latents, tmp_path):
+    ShapesFeatures.tiny().save_pretrained(tmp_path / "teacher")
+    data = {"source": "shapes-images", "image_size": 16, "scenes": 6, "teacher": str(tmp_path / "teacher")}
+    values = on_latents(latents, data=data, log_every=1)
+    values["model"]["config"] |= {"repa_layer": 0, "repa_channels": 32, "repa_hidden_size": 16, "repa_weight": 0.5}
+    trainer = Trainer(parse_recipe(values), tmp_path / "run", **CPU)
+    trainer.fit()
+    (cached,) = (tmp_path / "token-cache").glob("*/teacher_features.npy")
+    assert np.load(cached).shape == (6, 32, 8, 8)
+    lines = [line for line in read_metrics(tmp_path / "run") if "repa" in line]
+    assert all(line["loss"] == pytest.approx(line["flow"] + 0.5 * line["repa"], rel=1e-4) for line in lines)
+    assert len(lines) == 4
+    assert any(name.startswith("repa_head.") for name in trainer.model.state_dict())
+    model = hub.load(tmp_path / "run" / "model")
+    assert model.config.repa_channels is None
+    assert not any(name.startswith("repa_head.") for name in model.state_dict())
+
+
+def test_a_teacher_needs_encoded_pictures_and_a_feature_map(latents, tmp_path):
+    data = {"source": "shapes-images", "image_size": 16, "teacher": "vq.tiny"}
+    with pytest.raises(InvalidInputError, match=r"set data\.scenes"):
+        parse_recipe(on_latents(latents, data=data))
+    with pytest.raises(InvalidInputError, match="no feature map"):
+        Trainer(parse_recipe(on_latents(latents, data={**data, "scenes": 6})), tmp_path, **CPU).fit()
+    with pytest.raises(InvalidInputError, match="goes with a KL tokenizer"):
+        Trainer(parse_recipe(tokenizer_values(data={**data, "scenes": 6})), tmp_path / "other", **CPU).fit()
 
 
 def test_the_pictures_of_the_cache_are_those_of_the_source(latents, tmp_path):

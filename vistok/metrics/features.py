@@ -118,8 +118,10 @@ class ShapesFeatures(VistokModel):
         """What happens to images before they are read."""
         return f"to {self.image_size}x{self.image_size} if of another size, bilinear with antialias"
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features [B, D] of images [B, 3, H, W] in [-1, 1].
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Features [B, 4 * base_channels, image_size / 8, image_size / 8] of images [B, 3, H, W] in [-1, 1].
+
+        What lies where: a teacher for representation losses.
 
         Raises:
             InvalidInputError: if the images have another shape.
@@ -129,8 +131,15 @@ class ShapesFeatures(VistokModel):
         size = self.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        hidden = self.blocks(self.stem(images.to(self.dtype)))
-        hidden = F.silu(self.squeeze(F.silu(self.norm(hidden))))
+        return self.norm(self.blocks(self.stem(images.to(self.dtype))))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, D] of images [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            InvalidInputError: if the images have another shape.
+        """
+        hidden = F.silu(self.squeeze(F.silu(self.feature_map(images))))
         return self.feature_norm(self.project(hidden.flatten(1)))
 
     def read(self, images: Tensor) -> dict[str, Tensor]:

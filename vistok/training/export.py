@@ -90,6 +90,9 @@ def write_model(
     problems = describe_mismatch(model.state_dict(), weights)
     if problems:
         raise CheckpointError(f"{checkpoint} does not fit the recipe's network: {'; '.join(problems)}")
+    if hasattr(model, "remove_teacher_head"):
+        model.remove_teacher_head()
+        weights = {key: weights[key] for key in model.state_dict()}
     if hasattr(model, "measure_latents") and "scaling_factor" not in recipe.model.config:
         model.load_state_dict(weights)
         _normalise_latents(recipe, model.eval())

@@ -94,6 +94,8 @@ class ShapesImagesRecipe:
         photo_ratio: fraction of the samples that are photograph crops.
         held_out_photos: photographs never used in training, by file name without suffix; validation reports on them.
         annotations: also give what each scene shows, as `objects` [B, 3, 6] (see `vistok.metrics.features`).
+        teacher: network whose `feature_map` of each encoded picture a representation loss reads (`features-shapes`);
+            needs `scenes` and a KL tokenizer.
     """
 
     source: Literal["shapes-images"]
@@ -104,6 +106,7 @@ class ShapesImagesRecipe:
     photo_ratio: float = number(0.0, 0.0, 1.0)
     held_out_photos: tuple[str, ...] = ()
     annotations: bool = False
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -551,6 +554,8 @@ def _check(recipe: Recipe) -> None:
             raise InvalidInputError("data.condition caption needs the field text_encoder")
     if isinstance(data, ShapesImagesRecipe) and data.annotations and data.photo_ratio:
         raise InvalidInputError("data.annotations describes lab scenes only; set data.photo_ratio to 0")
+    if isinstance(data, ShapesImagesRecipe) and data.teacher is not None and not data.scenes:
+        raise InvalidInputError("data.teacher reads pictures that are encoded once: set data.scenes")
     if isinstance(data, ShapesImagesRecipe) and data.photo_ratio == 1.0 and data.scenes:
         raise InvalidInputError("data.scenes has no effect with data.photo_ratio 1")
     if recipe.schedule.warmup_steps > recipe.steps:

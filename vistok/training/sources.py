@@ -222,21 +222,23 @@ def image_batch(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 class ShapesMoments:
-    """Lab scenes and photograph crops as a KL tokenizer's moments, from a memory map (see `ShapesImagesRecipe`)."""
+    """Lab scenes and photograph crops as a KL tokenizer's moments, from memory maps (see `ShapesImagesRecipe`)."""
 
     def __init__(self, folder: Path, recipe: ShapesImagesRecipe, seed: int) -> None:
-        self.file = folder / "moments.npy"
+        self.folder = folder
+        self.names = ["moments"] + (["teacher_features"] if recipe.teacher else [])
         self.order = Epochs(recipe.scenes, seed)
-        self._moments: np.ndarray | None = None
+        self._maps: dict[str, np.ndarray] = {}
 
-    def __getstate__(self) -> dict[str, Any]:  # workers map the file themselves instead of receiving a copy
-        return {**self.__dict__, "_moments": None}
+    def __getstate__(self) -> dict[str, Any]:  # workers map the files themselves instead of receiving a copy
+        return {**self.__dict__, "_maps": {}}
 
     def batch(self, numbers: np.ndarray) -> dict[str, Any]:
-        """`moments` float32 [B, 2C, h, w]."""
-        if self._moments is None:
-            self._moments = np.load(self.file, mmap_mode="r")
-        return {"moments": torch.from_numpy(self._moments[self.order(numbers)].astype(np.float32))}
+        """`moments` float32 [B, 2C, h, w], and `teacher_features` [B, F, rows, columns] if there is a teacher."""
+        if not self._maps:
+            self._maps = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.names}
+        chosen = self.order(numbers)
+        return {name: torch.from_numpy(held[chosen].astype(np.float32)) for name, held in self._maps.items()}
 
 
 class ShapesTokens:
@@ -339,25 +341,44 @@ def encode_pictures(
     Arguments as in `encode_scenes`.
 
     Returns:
-        Folder with `moments.npy` float16 [scenes, 2C, h, w].
+        Folder with `moments.npy` float16 [scenes, 2C, h, w], and `teacher_features.npy` float16 [scenes, F, rows,
+        columns] if there is a teacher.
     """
-    key = json.dumps([asdict(recipe), seed, fingerprint(tokenizer)], sort_keys=True)
+    teacher = None if recipe.teacher is None else _teacher(recipe.teacher).to(device)
+    networks = [fingerprint(network) for network in (tokenizer, teacher) if network is not None]
+    key = json.dumps([asdict(recipe), seed, *networks], sort_keys=True)
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
-    file = folder / "moments.npy"
-    if file.is_file():
+    if (folder / "moments.npy").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     source = ShapesImages(replace(recipe, scenes=0), seed)
-    parts = []
+    parts, seen = [], []
     for first in range(0, recipe.scenes, batch_size):
         numbers = np.arange(first, min(first + batch_size, recipe.scenes), dtype=np.int64)
         images = source.batch(numbers)["images"].to(device).float() / 127.5 - 1.0
         parts.append(encode_images(tokenizer, images)["moments"].to(torch.float16).cpu().numpy())
+        if teacher is not None:
+            with torch.no_grad():
+                seen.append(teacher.feature_map(images).to(torch.float16).cpu().numpy())
         if on_progress is not None:
             on_progress(first + len(numbers), recipe.scenes)
-    with atomic_path(file) as path:
-        np.save(path, np.concatenate(parts))
+    for name, arrays in (("teacher_features", seen), ("moments", parts)):  # the last one says that all are there
+        if arrays:
+            with atomic_path(folder / f"{name}.npy") as path:
+                np.save(path, np.concatenate(arrays))
     return folder
+
+
+def _teacher(name: str) -> Any:
+    """A network with a `feature_map`."""
+    from vistok import hub
+
+    network = hub.load(name)
+    if not hasattr(network, "feature_map"):
+        raise InvalidInputError(
+            f"data.teacher: {name} is a {type(network).__name__} and has no feature map; the lab's is features-shapes"
+        )
+    return network
 
 
 def encode_scenes(
@@ -555,6 +576,8 @@ def open_source(
         if data.scenes and hasattr(tokenizer, "moments"):
             folder = encode_pictures(data, tokenizer, recipe.seed, cache, device=device, on_progress=on_progress)
             return ShapesMoments(folder, data, recipe.seed)
+        if data.teacher is not None:
+            raise InvalidInputError("data.teacher goes with a KL tokenizer, whose latents are encoded once")
         return ShapesImages(data, recipe.seed)
     if isinstance(data, ShapesTokensRecipe):
         folder = encode_scenes(data, tokenizer, recipe.seed, cache, device=device, on_progress=on_progress)

@@ -427,6 +427,13 @@ class FlexTok(VistokModel):
             raise InvalidInputError("this FlexTok has no head for a teacher: build it with repa_channels=")
         object.__setattr__(self, "_teacher", teacher)  # past nn.Module, which would register a network as a part
 
+    def remove_teacher_head(self) -> None:
+        """Drop the head of the representation loss, which only training needs."""
+        if self.config.repa_channels is not None:
+            del self.repa_head
+            self._teacher = None
+            self.register_to_config(repa_channels=None)
+
     def training_loss(self, batch: Mapping[str, Any], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Squared error of the velocity, and the representation loss where there is a teacher (arXiv 2410.06940).
 
