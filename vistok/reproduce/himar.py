@@ -50,12 +50,12 @@ MODELS = {"Hi-MAR": "himar-shapes", "MAR": "mar-shapes"}
 TOKENIZER = "kl-shapes"
 PLAIN, MLP, TRANSFORMER = "MAR", "pivots, MLP head", "pivots, transformer head"
 SAMPLING: dict[str, dict[str, Any]] = {
-    "mar": {"guidance_scale": 2.0, "num_inference_steps": 64, "num_diffusion_steps": 25},
+    "mar": {"guidance_scale": 2.0, "num_inference_steps": 64, "num_diffusion_steps": "ddim25"},
     "himar": {
         "guidance_scale": 2.0,
         "num_inference_steps": 4,
-        "num_diffusion_steps": 25,
-        "num_dense_diffusion_steps": 25,
+        "num_diffusion_steps": "ddim25",
+        "num_dense_diffusion_steps": "ddim25",
     },
 }
 PAPER = "ablation (B, FID, equal epochs):"
@@ -83,7 +83,7 @@ def head_variants(grid: int, channels: int, width: int) -> list[Variant]:
         "projection_dropout": 0.0,
         "head_layers": 2,
         "head_width": width,
-        "num_diffusion_steps": "25",
+        "num_diffusion_steps": "ddim25",
         "diffusion_repeats": 1,
     }
     pivots = {
@@ -93,7 +93,7 @@ def head_variants(grid: int, channels: int, width: int) -> list[Variant]:
         "dense_head_layers": 2,
         "dense_head_width": width,
         "dense_head_heads": 4,
-        "num_dense_diffusion_steps": "25",
+        "num_dense_diffusion_steps": "ddim25",
         "pivot_rate": 0.5,
         "pivot_warmup_epochs": 0,
     }
