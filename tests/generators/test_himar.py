@@ -342,6 +342,18 @@ def test_pivots_in_training() -> None:
     assert gradient is None  # the dense phase does not train the pivot phase
 
 
+@HEADS
+def test_velocity_weights_raise_both_losses_and_unknown_ones_are_refused(dense_head: str) -> None:
+    batch = {**images(), "labels": torch.tensor([1, 2])}
+    plain = himar(dense_head=dense_head)
+    weighted = himar(dense_head=dense_head, loss_weighting="velocity")
+    weighted.load_state_dict(plain.state_dict())
+    first, second = (model.training_loss(batch, generator=seeds(3)[0]) for model in (plain, weighted))
+    assert all(second[name] > 1.1 * first[name] for name in ("loss", "pivot_loss", "dense_loss"))
+    with pytest.raises(InvalidInputError, match="loss_weighting must be one of epsilon, velocity"):
+        himar(loss_weighting="snr")
+
+
 def test_losses_are_seeded_and_take_tokens() -> None:
     model, batch = himar(), images()
     batch["labels"] = torch.tensor([1, 2])

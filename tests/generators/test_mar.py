@@ -330,6 +330,16 @@ def test_training_lowers_the_loss(text: bool) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_velocity_weights_raise_the_loss_and_unknown_ones_are_refused() -> None:
+    batch = {"latents": torch.randn(2, 4, 4, 4), "labels": torch.tensor([1, 2])}
+    plain, weighted = MAR.tiny(), MAR.tiny(loss_weighting="velocity")
+    weighted.load_state_dict(plain.state_dict())
+    losses = [model.training_loss(batch, generator=seeds(3)[0])["loss"].item() for model in (plain, weighted)]
+    assert losses[1] > 1.2 * losses[0]  # every weight is at least 1
+    with pytest.raises(InvalidInputError, match="loss_weighting must be one of epsilon, velocity"):
+        MAR.tiny(loss_weighting="snr")
+
+
 def test_the_loss_is_that_of_masked_tokens_and_seeded() -> None:
     model = build(MAR)
     latents = torch.randn(2, 4, 4, 4)

@@ -10,10 +10,13 @@ from diffusers import DDPMScheduler
 
 from vistok.errors import InvalidInputError
 from vistok.nn.diffusion import (
+    MOST_WEIGHT,
     ancestral_step,
+    check_weighting,
     cosine_betas,
     cosine_process,
     gaussian_noise,
+    loss_weights,
     respaced_timesteps,
     uniform_timesteps,
 )
@@ -151,3 +154,23 @@ def test_noise_of_an_image_depends_on_its_generator_alone() -> None:
     assert torch.equal(gaussian_noise((2, 3), seeds(1)[0], "cpu"), gaussian_noise((2, 3), seeds(1)[0], "cpu"))
     drawn = uniform_timesteps(2000, seeds(0)[0], "cpu", steps=7)
     assert drawn.unique().tolist() == list(range(7))
+
+
+def test_velocity_weights_turn_errors_of_the_noise_into_errors_of_the_velocity() -> None:
+    process = cosine_process()
+    timesteps = torch.tensor([0, 300, 600, 999])
+    assert torch.equal(loss_weights(process, timesteps, "epsilon"), torch.ones(4))
+    weights = loss_weights(process, timesteps, "velocity")
+    x0, noise, error = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for row, step in enumerate(timesteps[:3]):
+        kept = process.alphas_cumprod[step].float()
+        x_t = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
+        wrong = noise + error
+        wrong_x0 = (x_t - (1 - kept).sqrt() * wrong) / kept.sqrt()
+        velocity = kept.sqrt() * noise - (1 - kept).sqrt() * x0
+        wrong_velocity = kept.sqrt() * wrong - (1 - kept).sqrt() * wrong_x0
+        squared = (wrong_velocity - velocity).square().sum()
+        assert torch.allclose(weights[row] * error.square().sum(), squared, rtol=1e-3)
+    assert weights[3] == MOST_WEIGHT
+    with pytest.raises(InvalidInputError, match="epsilon, velocity; got 'snr'"):
+        check_weighting("snr")

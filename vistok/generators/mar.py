@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vistok.errors import InvalidInputError
 from vistok.nn import masked
 from vistok.nn.continuous import imagenet_checkpoint
+from vistok.nn.diffusion import check_weighting
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.masked import (
     GuidanceSchedule,
@@ -116,6 +117,7 @@ class MAR(MaskedGenerator):
         head_layers, head_width: residual blocks of the diffusion head, and their width.
         num_diffusion_steps: how the head samples by default, e.g. "100" (see `respaced_timesteps`).
         diffusion_repeats: noise levels at which each masked token is trained in a step.
+        loss_weighting: "epsilon" (published), or "velocity" (see `vistok.nn.diffusion.loss_weights`).
         mask_ratio_min: the share of masked tokens in training is drawn from a normal of mean 1, cut to [this, 1].
         scaling_factor: what the tokenizer's latents were multiplied by in training, if known; the pipeline refuses a
             tokenizer with another one.
@@ -158,6 +160,7 @@ class MAR(MaskedGenerator):
         head_width: int = 1024,
         num_diffusion_steps: str = "100",
         diffusion_repeats: int = 4,
+        loss_weighting: str = "epsilon",
         mask_ratio_min: float = 0.7,
         scaling_factor: float | None = None,
     ) -> None:
@@ -165,6 +168,8 @@ class MAR(MaskedGenerator):
         if len(grid) != 2 or min(grid) < 1:
             raise InvalidInputError(f"grid must be (rows, cols), both at least 1; got {tuple(grid)}")
         self.check_respacing(num_diffusion_steps)
+        check_weighting(loss_weighting)
+        self.loss_weighting = loss_weighting
         self.grid = (int(grid[0]), int(grid[1]))
         self.patch_size, self.latent_channels = patch_size, latent_channels
         self.num_tokens = self.grid[0] * self.grid[1]
@@ -327,7 +332,11 @@ class MAR(MaskedGenerator):
         z = self.decode_hidden(self.phase(), self._encode(tokens, visible, context), visible, hidden, count)
         target = take_tokens(tokens, hidden)
         loss = self.diffloss.loss(
-            target.flatten(0, 1), z.flatten(0, 1), repeats=self.diffusion_repeats, generator=generator
+            target.flatten(0, 1),
+            z.flatten(0, 1),
+            repeats=self.diffusion_repeats,
+            weighting=self.loss_weighting,
+            generator=generator,
         )
         return {"loss": loss}
 

@@ -26,14 +26,18 @@ __all__ = [
     "ReverseMoments",
     "ReverseStep",
     "ancestral_step",
+    "check_weighting",
     "cosine_betas",
     "cosine_process",
     "gaussian_noise",
+    "loss_weights",
     "respaced_timesteps",
     "uniform_timesteps",
 ]
 
 TRAINING_STEPS = 1000
+WEIGHTINGS = ("epsilon", "velocity")
+MOST_WEIGHT = 10.0
 # Half the width of a bin of 8-bit images scaled to [-1, 1], and the smallest probability whose logarithm is taken.
 HALF_BIN = 1.0 / 255.0
 SMALLEST = 1e-12
@@ -59,6 +63,28 @@ def uniform_timesteps(
     """int64 [count], uniform in 0..steps-1."""
     source = torch.device(device) if generator is None else generator.device
     return torch.randint(steps, (count,), generator=generator, device=source).to(device)
+
+
+def loss_weights(process: DiffusionProcess, timesteps: Tensor, weighting: str) -> Tensor:
+    """Weights float32 [N] of the squared errors of the noise at `timesteps` int64 [N].
+
+    Args:
+        process: the process of training.
+        timesteps: noise levels.
+        weighting: "epsilon" weighs all alike, as MAR and Hi-MAR do; "velocity" as if the network predicted the velocity
+            (arXiv 2202.00512, section 4), which is 1 / alpha_bar, at most `MOST_WEIGHT`: high noise levels, where the
+            condition says what the data cannot, count for more.
+    """
+    if weighting == "epsilon":
+        return torch.ones(len(timesteps), device=timesteps.device)
+    kept = process.alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return 1 / kept.clamp_min(1 / MOST_WEIGHT)
+
+
+def check_weighting(weighting: str) -> None:
+    """Raise InvalidInputError unless `loss_weights` knows it."""
+    if weighting not in WEIGHTINGS:
+        raise InvalidInputError(f"loss_weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

@@ -229,14 +229,23 @@ class DiffusionHead(nn.Module):
         return process.losses(target, timesteps, noise, eps, logits)
 
     def loss(
-        self, target: Tensor, condition: Tensor, *, repeats: int = 1, generator: torch.Generator | None = None
+        self,
+        target: Tensor,
+        condition: Tensor,
+        *,
+        repeats: int = 1,
+        weighting: str = "epsilon",
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Mean loss of tokens [N, C] given conditions [N, D], each at `repeats` random noise levels."""
+        """Mean loss of tokens [N, C] given conditions [N, D], each at `repeats` random noise levels.
+
+        `weighting` is that of `diffusion.loss_weights`.
+        """
         target = target.float().repeat(repeats, 1)
         timesteps = diffusion.uniform_timesteps(len(target), generator, target.device)
         noise = diffusion.gaussian_noise(tuple(target.shape), generator, target.device)
         error, bound = self.loss_terms(target, condition, timesteps, noise)
-        return (error + bound).mean()
+        return (error * diffusion.loss_weights(cosine_process(), timesteps, weighting) + bound).mean()
 
     def sampler(self, respacing: str | int) -> DiffusionHeadSampler:
         """What draws tokens; make one for a whole image, not one for each of its steps."""

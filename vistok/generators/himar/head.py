@@ -174,6 +174,7 @@ class TransformerHead(nn.Module):
         mask: Tensor,
         *,
         repeats: int = 1,
+        weighting: str = "epsilon",
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Mean squared error of the noise of unknown latents, over *all* latents.
@@ -183,12 +184,14 @@ class TransformerHead(nn.Module):
             condition: [B, N, D].
             mask: [B, 1, H, W], 1 where unknown.
             repeats: noise levels at which each image is trained; one level for all latents of an image, known ones too.
+            weighting: of `diffusion.loss_weights`.
             generator: draws levels and noise.
         """
         target, mask = target.float().repeat(repeats, 1, 1, 1), mask.repeat(repeats, 1, 1, 1)
         timesteps = diffusion.uniform_timesteps(len(target), generator, target.device)
         noise = diffusion.gaussian_noise(tuple(target.shape), generator, target.device)
-        return denoising_error(self.net, target, condition, timesteps, noise, mask).mean()
+        error = denoising_error(self.net, target, condition, timesteps, noise, mask)
+        return (error * diffusion.loss_weights(cosine_process(), timesteps, weighting)).mean()
 
     def sampler(self, respacing: str | int) -> TransformerHeadSampler:
         """What draws tokens; make one for a whole image, not one for each of its steps."""

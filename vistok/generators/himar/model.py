@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from vistok.errors import InvalidInputError
 from vistok.nn import masked, sampling
+from vistok.nn.diffusion import check_weighting
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.masked import (
     GuidanceSchedule,
@@ -99,6 +100,7 @@ class HiMAR(MaskedGenerator):
             neither heads nor a ratio).
         num_diffusion_steps, num_dense_diffusion_steps: how the two heads sample by default (see `respaced_timesteps`).
         diffusion_repeats: noise levels at which each sample is trained in a step.
+        loss_weighting: "epsilon" (published), or "velocity" (see `vistok.nn.diffusion.loss_weights`).
         mask_ratio_min: the share of masked pivots in training is drawn from a normal of mean 1, cut to [this, 1].
         dense_mask_ratio: "cosine" draws the share of masked dense tokens as cos(pi / 2 u), "truncated_normal" as that
             of the pivots.
@@ -157,6 +159,7 @@ class HiMAR(MaskedGenerator):
         num_diffusion_steps: str = "100",
         num_dense_diffusion_steps: str = "250",
         diffusion_repeats: int = 4,
+        loss_weighting: str = "epsilon",
         mask_ratio_min: float = 0.7,
         dense_mask_ratio: str = "cosine",
         dense_mask_ratio_min: float = 0.38,
@@ -181,6 +184,7 @@ class HiMAR(MaskedGenerator):
             )
         self.check_respacing(num_diffusion_steps)
         self.check_respacing(num_dense_diffusion_steps)
+        check_weighting(loss_weighting)
         self.grid = (int(grid[0]), int(grid[1]))
         self.pivot_grid = (int(pivot_grid[0]), int(pivot_grid[1]))
         self.token_size = latent_channels
@@ -437,8 +441,12 @@ class HiMAR(MaskedGenerator):
         context = self.context(condition, self.condition_drop(size, generator))
         states = self.pivot_states(pivots, visible, hidden, context)
         target = take_tokens(pivots, hidden).flatten(0, 1)
-        repeats = self.config.diffusion_repeats
-        pivot_loss = self.diffloss.loss(target, states.flatten(0, 1), repeats=repeats, generator=generator)
+        settings = {
+            "repeats": self.config.diffusion_repeats,
+            "weighting": self.config.loss_weighting,
+            "generator": generator,
+        }
+        pivot_loss = self.diffloss.loss(target, states.flatten(0, 1), **settings)
 
         if self.config.dense_mask_ratio == "cosine":
             rate = masked.cosine_rate(generator)
@@ -453,10 +461,10 @@ class HiMAR(MaskedGenerator):
         if isinstance(self.cond_diffloss, TransformerHead):
             mask = torch.zeros(size, self.num_tokens, device=device).scatter(1, hidden, 1.0).view(size, 1, *self.grid)
             target = unpatchify(dense, self.grid, 1)
-            dense_loss = self.cond_diffloss.loss(target, states, mask, repeats=repeats, generator=generator)
+            dense_loss = self.cond_diffloss.loss(target, states, mask, **settings)
         else:
             target = take_tokens(dense, hidden).flatten(0, 1)
-            dense_loss = self.cond_diffloss.loss(target, states.flatten(0, 1), repeats=repeats, generator=generator)
+            dense_loss = self.cond_diffloss.loss(target, states.flatten(0, 1), **settings)
         loss = PIVOT_WEIGHT * pivot_loss + DENSE_WEIGHT * dense_loss
         return {"loss": loss, "pivot_loss": pivot_loss.detach(), "dense_loss": dense_loss.detach()}
 
