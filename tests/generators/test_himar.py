@@ -16,7 +16,8 @@ from vistok.generators.himar import DiffusionTransformer, HiMAR
 from vistok.generators.himar.head import TransformerHead, TransformerHeadSampler, sincos_positions
 from vistok.generators.mar import MAR
 from vistok.generators.pipeline import GenerationPipeline
-from vistok.nn.masked import patchify, plan_steps
+from vistok.nn.masked import grid_places, patchify, plan_steps
+from vistok.nn.positions import plane_sinusoids
 from vistok.tokenizers.kl import KLModel
 from vistok.tokens import VisualTokens
 
@@ -352,6 +353,18 @@ def test_velocity_weights_raise_both_losses_and_unknown_ones_are_refused(dense_h
     assert all(second[name] > 1.1 * first[name] for name in ("loss", "pivot_loss", "dense_loss"))
     with pytest.raises(InvalidInputError, match="loss_weighting must be one of epsilon, velocity"):
         himar(loss_weighting="snr")
+
+
+def test_sinusoids_place_a_pivot_amid_its_dense_tokens_in_both_phases() -> None:
+    model = himar(position_init="sinusoid")
+    pivots, dense = 4, 16
+    for name, before in (("encoder", 4), ("decoder", 4), ("diffusion", 0)):
+        table = getattr(model, f"{name}_pos_embed_learned").detach()[0].unflatten(0, (-1, before + pivots + dense))
+        for phase in table[:, before:]:
+            assert torch.equal(phase, table[0, before:])
+            middles = torch.tensor([[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]])
+            assert torch.allclose(phase[:pivots], plane_sinusoids(middles, 32))
+            assert torch.allclose(phase[pivots:], plane_sinusoids(grid_places((4, 4)), 32))
 
 
 def test_losses_are_seeded_and_take_tokens() -> None:

@@ -340,6 +340,22 @@ def test_velocity_weights_raise_the_loss_and_unknown_ones_are_refused() -> None:
         MAR.tiny(loss_weighting="snr")
 
 
+def test_positions_start_as_sinusoids_on_request() -> None:
+    torch.manual_seed(0)
+    plain = MAR.tiny().state_dict()
+    torch.manual_seed(0)
+    placed = MAR.tiny(position_init="sinusoid").state_dict()
+    changed = {name for name, value in plain.items() if not torch.equal(value, placed[name])}
+    assert changed == {f"{name}_pos_embed_learned" for name in ("encoder", "decoder", "diffusion")}
+    cells = placed["encoder_pos_embed_learned"][0, 4:].view(4, 4, -1)  # after four condition tokens
+    assert torch.equal(plain["encoder_pos_embed_learned"][:, :4], placed["encoder_pos_embed_learned"][:, :4])
+    assert torch.equal(cells[0, :, :16], cells[3, :, :16])  # the first half tells the column
+    assert torch.equal(cells[:, 1, 16:], cells[:, 2, 16:])
+    assert len(cells.flatten(0, 1).unique(dim=0)) == 16
+    with pytest.raises(InvalidInputError, match="position_init must be one of normal, sinusoid"):
+        MAR.tiny(position_init="zeros")
+
+
 def test_the_loss_is_that_of_masked_tokens_and_seeded() -> None:
     model = build(MAR)
     latents = torch.randn(2, 4, 4, 4)

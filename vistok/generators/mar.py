@@ -32,6 +32,7 @@ from vistok.nn.masked import (
     PlannedStep,
     TokenValues,
     count_blocks,
+    grid_places,
     guidance_at,
     plan_steps,
     take_tokens,
@@ -119,6 +120,8 @@ class MAR(MaskedGenerator):
         diffusion_repeats: noise levels at which each masked token is trained in a step.
         loss_weighting: "epsilon" (published), or "velocity" (see `vistok.nn.diffusion.loss_weights`).
         mask_ratio_min: the share of masked tokens in training is drawn from a normal of mean 1, cut to [this, 1].
+        position_init: the learned positions start from a normal of deviation 0.02 ("normal", published), or as sines
+            and cosines of row and column ("sinusoid").
         scaling_factor: what the tokenizer's latents were multiplied by in training, if known; the pipeline refuses a
             tokenizer with another one.
 
@@ -162,6 +165,7 @@ class MAR(MaskedGenerator):
         diffusion_repeats: int = 4,
         loss_weighting: str = "epsilon",
         mask_ratio_min: float = 0.7,
+        position_init: str = "normal",
         scaling_factor: float | None = None,
     ) -> None:
         super().__init__()
@@ -193,6 +197,7 @@ class MAR(MaskedGenerator):
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.num_tokens, decoder_hidden_size))
         self.diffloss = DiffusionHead(self.token_size, decoder_hidden_size, head_layers, head_width)
         self._initialise()
+        self._initialise_positions(grid_places(self.grid), position_init)
         self.diffloss.initialise()
 
     @classmethod

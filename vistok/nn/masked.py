@@ -25,6 +25,7 @@ from vistok.nn import sampling
 from vistok.nn.conditions import check_labels, check_text
 from vistok.nn.continuous import FiniteCheck, known_values
 from vistok.nn.model import VistokModel
+from vistok.nn.positions import plane_sinusoids
 from vistok.nn.sampling import Generators, Step
 from vistok.nn.text import TextCondition
 from vistok.nn.vit import BlockScales, ViTBlock
@@ -40,6 +41,7 @@ __all__ = [
     "TokenValues",
     "cosine_rate",
     "count_blocks",
+    "grid_places",
     "guidance_at",
     "patchify",
     "plan_steps",
@@ -54,6 +56,7 @@ __all__ = [
 # (0..1, after the step) to the scale.
 GuidanceSchedule: TypeAlias = str | Callable[[float], float]
 SCHEDULES = ("linear", "constant")
+POSITION_INITS = ("normal", "sinusoid")
 # The authors' constructor argument -> ours, where MAR and Hi-MAR agree.
 OFFICIAL_NAMES = {
     "vae_embed_dim": "latent_channels",
@@ -90,6 +93,12 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor
     (rows, cols), side = grid, patch_size
     cut = tokens.reshape(len(tokens), rows, cols, -1, side, side)
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, rows * side, cols * side)
+
+
+def grid_places(grid: tuple[int, int]) -> Tensor:
+    """(row, column) of every cell, float32 [N, 2] in raster order."""
+    rows, cols = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grid), indexing="ij")
+    return torch.stack([rows.flatten(), cols.flatten()], dim=1)
 
 
 def random_orders(batch: int, length: int, generator: Generators) -> Tensor:
@@ -270,6 +279,29 @@ class MaskedGenerator(VistokModel):
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.ndim > 1:
                 nn.init.normal_(getattr(self, name), std=0.02)
+
+    def _initialise_positions(self, places: Tensor, kind: str) -> None:
+        """Where the learned position vectors of the tokens start.
+
+        Args:
+            places: (row, column) of each token [L, 2].
+            kind: "normal" leaves them as they are; "sinusoid" starts with what says where they lie, which a small
+                network would otherwise have to learn first.
+
+        Raises:
+            InvalidInputError: another kind.
+        """
+        if kind not in POSITION_INITS:
+            raise InvalidInputError(f"position_init must be one of {', '.join(POSITION_INITS)}; got {kind!r}")
+        if kind == "normal":
+            return
+        with torch.no_grad():
+            for name in ("encoder", "decoder", "diffusion"):
+                table = getattr(self, f"{name}_pos_embed_learned")
+                vectors = plane_sinusoids(places, table.shape[-1])
+                before = 0 if name == "diffusion" else self.num_condition_tokens
+                # Of each phase: condition tokens, whose vectors stay, then tokens.
+                table.unflatten(1, (-1, before + len(places)))[:, :, before:] = vectors
 
     def _blocks(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vistok.errors import InvalidInputError
 
-__all__ = ["sinusoids", "video_sinusoids"]
+__all__ = ["plane_sinusoids", "sinusoids", "video_sinusoids"]
 
 
 def sinusoids(places: Tensor, size: int, base: float = 10000.0) -> Tensor:
@@ -26,6 +26,21 @@ def sinusoids(places: Tensor, size: int, base: float = 10000.0) -> Tensor:
     channel = torch.arange(size // 2, dtype=torch.float64, device=places.device)
     angles = places.double()[:, None] * base ** (-2.0 * channel / size)
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def plane_sinusoids(places: Tensor, size: int) -> Tensor:
+    """A vector for each place on a plane, whose halves stand for its column and its row.
+
+    Args:
+        places: (row, column), any real numbers, [N, 2].
+        size: D, divisible by 4.
+
+    Returns:
+        float32 [N, D].
+    """
+    if size % 4:
+        raise InvalidInputError(f"sines and cosines of rows and columns need channels divisible by 4; got {size}")
+    return torch.cat([sinusoids(places[:, 1], size // 2), sinusoids(places[:, 0], size // 2)], dim=1)
 
 
 def video_sinusoids(grid: tuple[int, int, int], size: int) -> Tensor:

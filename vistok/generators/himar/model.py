@@ -32,6 +32,7 @@ from vistok.nn.masked import (
     PlannedStep,
     TokenValues,
     count_blocks,
+    grid_places,
     guidance_at,
     plan_steps,
     take_tokens,
@@ -107,6 +108,8 @@ class HiMAR(MaskedGenerator):
         dense_mask_ratio_min: lower end of the latter.
         pivot_rate: share of training images whose dense phase gets hidden states of pivots rather than placeholders.
         pivot_warmup_epochs: until `model.epoch` reaches this, that share rises from 0.
+        position_init: the learned positions start from a normal of deviation 0.02 ("normal", published), or as sines
+            and cosines of row and column ("sinusoid").
         scaling_factor: what the tokenizer's latents were multiplied by in training, if known; the pipeline refuses a
             tokenizer with another one.
 
@@ -165,6 +168,7 @@ class HiMAR(MaskedGenerator):
         dense_mask_ratio_min: float = 0.38,
         pivot_rate: float = 0.25,
         pivot_warmup_epochs: float = 100.0,
+        position_init: str = "normal",
         scaling_factor: float | None = None,
     ) -> None:
         super().__init__()
@@ -229,6 +233,10 @@ class HiMAR(MaskedGenerator):
                 dense_head_mlp_ratio,
             )
         self._initialise()
+        dense, pivots = grid_places(self.grid), grid_places(self.pivot_grid)
+        # A pivot lies in the middle of the dense tokens that it stands for.
+        apart = torch.tensor([side / coarse for side, coarse in zip(self.grid, self.pivot_grid)])
+        self._initialise_positions(torch.cat([(pivots + 0.5) * apart - 0.5, dense]), position_init)
         nn.init.normal_(self.encoder_task_emb.weight)
         nn.init.normal_(self.decoder_task_emb.weight)
         self.diffloss.initialise()
