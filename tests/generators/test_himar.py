@@ -356,7 +356,7 @@ def test_velocity_weights_raise_both_losses_and_unknown_ones_are_refused(dense_h
 
 
 def test_sinusoids_place_a_pivot_amid_its_dense_tokens_in_both_phases() -> None:
-    model = himar(position_init="sinusoid")
+    model = HiMAR.tiny(position_init="sinusoid")
     pivots, dense = 4, 16
     for name, before in (("encoder", 4), ("decoder", 4), ("diffusion", 0)):
         table = getattr(model, f"{name}_pos_embed_learned").detach()[0].unflatten(0, (-1, before + pivots + dense))
