@@ -75,7 +75,7 @@ for axis, (kind, options) in zip(axes, kinds.items()):
     turn = torch.empty(64, dtype=torch.int64)
     turn[layout.places] = layout.number
     axis.imshow(turn.view(8, 8), cmap="viridis")
-    axis.set_title(f"{kind}: {layout.num_entities} turns", fontsize=8)
+    axis.set_title(f"{kind}: {layout.num_entities} turn{'s'[: layout.num_entities > 1]}", fontsize=8)
 layout = entity_layout((8, 8), "scale")
 sides = [rows for rows, _ in layout.scales]
 axes[4].barh(range(len(sides)), [side**2 for side in sides], color="#0b7a75")
@@ -84,6 +84,7 @@ axes[4].invert_yaxis()
 axes[4].set_title(f"scale: {layout.num_entities} turns (tokens)", fontsize=8)
 for axis in axes[:4]:
     axis.axis("off")
+figure.tight_layout()
 plt.show()
 
 # %% [markdown]
