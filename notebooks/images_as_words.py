@@ -23,6 +23,8 @@
 # captions and of pictures).
 
 # %%
+import textwrap
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -42,7 +44,7 @@ def show(images, titles, size=1.7):
     _, axes = plt.subplots(1, len(pictures), figsize=(len(pictures) * size, size * 1.3), squeeze=False)
     for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
         axis.imshow(picture)
-        axis.set_title(title, fontsize=7)
+        axis.set_title(textwrap.fill(title, 26), fontsize=7)
         axis.axis("off")
     plt.tight_layout()
     plt.show()
@@ -65,8 +67,7 @@ images = image_batch([render(scene, 64) for scene in scenes])
 tokens = seed.encode(images)
 print(" ".join(f"<img_{code:05d}>" for code in tokens.ids[0].tolist()))
 painted = seed.decode(tokens, generator=seeds(6), num_inference_steps=10, guidance_scale=3.0)
-titles = [text.replace(" to the ", "\nto the ").replace(" and ", "\nand ") for text in captions]
-show(images, titles)
+show(images, captions)
 show(painted, ["from its codes"] * 6)
 
 # %% [markdown]
@@ -138,7 +139,7 @@ written = language.generate(
 drawn = torch.cat(
     [seed.decode(answer[0], generator=seeds(1), num_inference_steps=10, guidance_scale=3.0) for answer in written]
 )
-show(drawn, [wish.replace(" to the ", "\nto the ") for wish in wishes])
+show(drawn, wishes)
 
 # %% [markdown]
 # Reading what was written closes the circle: the picture goes through the tokenizer again, and the model says what it sees.
