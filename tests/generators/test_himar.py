@@ -13,7 +13,7 @@ from benchmarks.plain import himar as plain
 from tests.generators.continuous import GENTLE, build, condition_for, seeds
 from vistok.errors import CheckpointError, InvalidInputError, InvalidOutputError
 from vistok.generators.himar import DiffusionTransformer, HiMAR
-from vistok.generators.himar.head import TransformerHead, TransformerHeadSampler, sincos_positions
+from vistok.generators.himar.head import TransformerHead, TransformerHeadSampler
 from vistok.generators.mar import MAR
 from vistok.generators.pipeline import GenerationPipeline
 from vistok.nn.masked import grid_places, patchify, plan_steps
@@ -47,7 +47,7 @@ def transformer(patch_size: int = 1) -> DiffusionTransformer:
 
 
 def test_positions_tell_columns_then_rows() -> None:
-    table = sincos_positions((2, 3), 8)
+    table = plane_sinusoids(grid_places((2, 3)), 8)
     assert table.shape == (6, 8)
     assert torch.equal(table[0], torch.tensor([0.0, 0.0, 1.0, 1.0] * 2))
     torch.testing.assert_close(

@@ -53,10 +53,7 @@ def video_sinusoids(grid: tuple[int, int, int], size: int) -> Tensor:
     Returns:
         float32 [N, D] in raster order (frame, row, column).
     """
-    if size % 4:
-        raise InvalidInputError(f"sines and cosines of rows and columns need channels divisible by 4; got {size}")
     frames, rows, cols = grid
     time = sinusoids(torch.arange(frames), size)[:, None, None]
-    row = sinusoids(torch.arange(rows), size // 2)[:, None].expand(rows, cols, -1)
-    col = sinusoids(torch.arange(cols), size // 2).expand(rows, cols, -1)
-    return (time + torch.cat([col, row], dim=-1)).flatten(0, 2)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
+    return (time + plane_sinusoids(places, size).view(rows, cols, -1)).flatten(0, 2)

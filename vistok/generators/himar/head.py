@@ -16,21 +16,14 @@ from torch.nn import functional
 from vistok.nn import diffusion
 from vistok.nn.diffusion import ancestral_step, cosine_process
 from vistok.nn.diffusion_head import FinalLayer, TimestepEmbedding, modulated_steps, modulation_of
-from vistok.nn.masked import patchify
+from vistok.nn.masked import grid_places, patchify
+from vistok.nn.positions import plane_sinusoids
 from vistok.nn.sampling import Generators
 from vistok.nn.vit import SelfAttention, ViTMLP
 
-__all__ = ["DiffusionTransformer", "TransformerHead", "TransformerHeadSampler", "sincos_positions"]
+__all__ = ["DiffusionTransformer", "TransformerHead", "TransformerHeadSampler"]
 
 NORM_EPS = 1e-6
-
-
-def sincos_positions(grid: tuple[int, int], size: int) -> Tensor:
-    """Fixed positions float32 [N, size] in raster order: sines and cosines of the column, then of the row."""
-    frequencies = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float64) / (size // 4))
-    row, col = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    angles = (place.flatten()[:, None] * frequencies for place in (col, row))
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 
 
 class PatchEmbedding(nn.Module):
@@ -100,7 +93,7 @@ class DiffusionTransformer(nn.Module):
         self.x_embedder = PatchEmbedding(channels, width, patch_size)
         self.c_embedder = PatchEmbedding(condition_size, width, patch_size)
         self.t_embedder = TimestepEmbedding(width)
-        self.register_buffer("pos_embed", sincos_positions(self.tokens, width)[None])
+        self.register_buffer("pos_embed", plane_sinusoids(grid_places(self.tokens), width)[None])
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio) for _ in range(num_layers))
         self.final_layer = FinalLayer(width, channels * patch_size**2)
 
